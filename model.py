@@ -1,0 +1,362 @@
+"""A plain transformer encoder of the BERT and RoBERTa family, and its checkpoints.
+
+Nothing here knows of LoRA. Every layer has four named connection points (DESIGN in the README's
+figure): the two residual connections, which are `nn.Identity`, and two cross-layer shortcuts, which
+are `Nothing`. `heterolora.inject` swaps those, and the linears, by name.
+
+Shapes: B sequences, T tokens, D hidden_size, F intermediate_size, H heads, C classes.
+"""
+import dataclasses
+import json
+import math
+import mmap
+import os
+import struct
+import tempfile
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import pad
+
+ACTIVATIONS = {  # hidden_act of config.json; "gelu" is the exact one, with erf
+    "gelu": F.gelu, "gelu_python": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"), "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclasses.dataclass
+class EncoderConfig:
+    """The fields of Hugging Face's config.json that shape the encoder, under their names there."""
+    model_type: str = "bert"
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+
+    def __post_init__(self):
+        wrong = [f"{f.name}={getattr(self, f.name)!r} (want {f.type.__name__})" for f in dataclasses.fields(self)
+                 if type(getattr(self, f.name)) not in {int: (int,), float: (float, int), str: (str,)}[f.type]]
+        wrong += [f"{name}={getattr(self, name)} (want at least 1)" for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "max_position_embeddings", "type_vocab_size") if not wrong and getattr(self, name) < 1]
+        if wrong:
+            raise CheckpointError("encoder config: " + ", ".join(wrong))
+        if self.model_type not in ("bert", "roberta"):
+            raise CheckpointError(f"encoder config: model_type {self.model_type!r} is not supported; bert and roberta are")
+        if self.hidden_act not in ACTIVATIONS:
+            raise CheckpointError(f"encoder config: hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise CheckpointError(f"encoder config: hidden_size {self.hidden_size} is not a multiple of "
+                                  f"num_attention_heads {self.num_attention_heads}")
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Read folder/config.json. Fields it leaves out get the model type's own defaults. Raises CheckpointError."""
+        path = os.path.join(folder, "config.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                fields = json.load(file)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        if not isinstance(fields, dict) or "model_type" not in fields:
+            raise CheckpointError(f"{path}: not a Hugging Face encoder config (no model_type)")
+        for name, plain in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
+            if fields.get(name, plain) != plain:
+                raise CheckpointError(f"{path}: {name} {fields[name]!r} is not supported; {plain!r} is")
+        defaults = {"vocab_size": 50265, "pad_token_id": 1} if fields["model_type"] == "roberta" else {}
+        known = {f.name for f in dataclasses.fields(cls)}
+        try:
+            return cls(**{**defaults, **{k: v for k, v in fields.items() if k in known}})
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+
+class Nothing(nn.Module):
+    """A connection that is not there: adds nothing to a sum and costs nothing."""
+
+    def forward(self, x):
+        """x (B, T, D) -> None"""
+        return None
+
+
+def _sum(*terms):
+    present = [t for t in terms if t is not None]
+    total = present[0]
+    for t in present[1:]:
+        total = total + t
+    return total
+
+
+class Layer(nn.Module):
+    """One post-LayerNorm layer with its connection points. The first layer has no shortcut_ffn: nothing is before it."""
+
+    def __init__(self, config, first):
+        super().__init__()
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.heads, self.attention_dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        self.residual_attn = nn.Identity()
+        self.shortcut_ffn = None if first else Nothing()
+        self.ln1 = nn.LayerNorm(D, eps=eps)
+        self.fc1, self.fc2 = nn.Linear(D, config.intermediate_size), nn.Linear(config.intermediate_size, D)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.residual_ffn = nn.Identity()
+        self.shortcut_attn = Nothing()
+        self.ln2 = nn.LayerNorm(D, eps=eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def attention(self, x, bias):
+        """x (B, T, D), bias (B, 1, 1, T) added to the scores -> (B, T, D)"""
+        B, T, D = x.shape
+        q, k, v = (p(x).view(B, T, self.heads, D // self.heads).transpose(1, 2) for p in (self.q, self.k, self.v))  # (B, H, T, D/H)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.attention_dropout if self.training else 0.0)
+        return self.dropout(self.o(x.transpose(1, 2).reshape(B, T, D)))
+
+    def forward(self, x, f_prev, bias):
+        """x (B, T, D), f_prev (B, T, D) or None -> (f, y): the input of the feed-forward part and the layer's output"""
+        shortcut = self.shortcut_ffn(f_prev) if self.shortcut_ffn is not None else None
+        f = self.ln1(_sum(self.residual_attn(x), self.attention(x, bias), shortcut))
+        ffn = self.dropout(self.fc2(self.activation(self.fc1(f))))  # (B, T, D) -> (B, T, F) -> (B, T, D)
+        return f, self.ln2(_sum(self.residual_ffn(f), ffn, self.shortcut_attn(x)))
+
+
+class Encoder(nn.Module):
+    """Embeddings and `config.num_hidden_layers` layers. Freshly made: N(0, initializer_range²), as BERT is trained from."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, D = config, config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, D)
+        self.position = nn.Embedding(config.max_position_embeddings, D)
+        self.token_type = nn.Embedding(config.type_vocab_size, D)
+        self.ln = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(Layer(config, first=i == 0) for i in range(config.num_hidden_layers))
+        # RoBERTa counts positions from pad_token_id + 1 and gives padding the position pad_token_id
+        self.first_position = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+        self.max_length = config.max_position_embeddings - self.first_position
+
+    def positions(self, input_ids):
+        """input_ids (B, T) -> position ids (B, T) or (1, T)"""
+        if self.config.model_type == "roberta":
+            real = (input_ids != self.config.pad_token_id).long()
+            return real.cumsum(1) * real + self.config.pad_token_id
+        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
+        """input_ids (B, T), attention_mask (B, T) with 1 for real tokens -> hidden states (B, T, D)
+
+        Raises ValueError for sequences longer than the position table.
+        """
+        if input_ids.shape[1] > self.max_length:
+            raise ValueError(f"{input_ids.shape[1]} tokens, but the encoder has positions for {self.max_length}: truncate")
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        x = self.word(input_ids) + self.position(self.positions(input_ids)) + self.token_type(types)  # (B, T, D)
+        x, f = self.dropout(self.ln(x)), None
+        # the lowest finite number, not -inf: a row of padding alone must not give NaN
+        bias = (1 - attention_mask[:, None, None, :].to(x.dtype)) * torch.finfo(x.dtype).min  # (B, 1, 1, T)
+        for layer in self.layers:
+            f, x = layer(x, f, bias)
+        return x
+
+
+class Classifier(nn.Module):
+    """Encoder, pooling ("cls": first token, "mean": over real tokens) and a small MLP head. logits (B, C)"""
+
+    def __init__(self, encoder, num_labels, pooling="mean", generator=None):
+        super().__init__()
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f"pooling {pooling!r}: use cls or mean")
+        self.config, self.encoder, self.pooling = encoder.config, encoder, pooling
+        D, std = self.config.hidden_size, self.config.initializer_range
+        self.head = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Dropout(self.config.hidden_dropout_prob), nn.Linear(D, num_labels))
+        for linear in (self.head[0], self.head[3]):
+            nn.init.normal_(linear.weight, std=std, generator=generator)
+            nn.init.zeros_(linear.bias)
+
+    def pool(self, hidden, attention_mask):
+        """hidden (B, T, D), attention_mask (B, T) -> (B, D)"""
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        weight = attention_mask[:, :, None].to(hidden.dtype)  # (B, T, 1)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
+        """As Encoder.forward, -> logits (B, C)"""
+        return self.head(self.pool(self.encoder(input_ids, attention_mask, token_type_ids), attention_mask))
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+EMBEDDINGS = {"word": "word_embeddings", "position": "position_embeddings", "token_type": "token_type_embeddings", "ln": "LayerNorm"}
+IN_LAYER = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense",
+            "ln1": "attention.output.LayerNorm", "fc1": "intermediate.dense", "fc2": "output.dense", "ln2": "output.LayerNorm"}
+
+
+def hf_name(name):
+    """Our tensor name -> Hugging Face's, without the model prefix: layers.0.q.weight -> encoder.layer.0.attention.self.query.weight"""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        return f"encoder.layer.{parts[1]}.{IN_LAYER[parts[2]]}.{parts[3]}"
+    return f"embeddings.{EMBEDDINGS[parts[0]]}.{parts[1]}"
+
+
+def read_safetensors(path):
+    """A .safetensors file -> {name: tensor}, memory-mapped (copy on write). Raises CheckpointError.
+
+    The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, raw bytes.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if 8 + length > size:
+            raise CheckpointError(f"{path}: truncated: the header wants {8 + length} bytes, the file has {size}")
+        try:
+            header = json.loads(file.read(length))
+            entries = {k: (v["dtype"], v["shape"], *v["data_offsets"]) for k, v in header.items() if k != "__metadata__"}
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+            raise CheckpointError(f"{path}: the header is not a safetensors header") from None
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a writable map: torch warns of read-only memory
+    tensors = {}
+    for name, (dtype, shape, begin, end) in entries.items():
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise CheckpointError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in [*shape, begin, end]):
+            raise CheckpointError(f"{path}: {name}: shape and offsets must be whole numbers")
+        count = math.prod(shape)
+        if end - begin != count * DTYPES[dtype].itemsize:
+            raise CheckpointError(f"{path}: {name}: {end - begin} bytes for shape {shape} of {dtype}")
+        if 8 + length + end > size:
+            raise CheckpointError(f"{path}: truncated: {name} ends at byte {8 + length + end}, the file has {size}")
+        tensors[name] = (torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=8 + length + begin).view(shape)
+                         if count else torch.empty(shape, dtype=DTYPES[dtype]))
+    return tensors
+
+
+def read_tensors(folder):
+    """The weights of a Hugging Face folder -> (path, {name: tensor}). Pickles are read with weights_only=True."""
+    path = os.path.join(folder, "model.safetensors")
+    if os.path.isfile(path):
+        return path, read_safetensors(path)
+    path = os.path.join(folder, "pytorch_model.bin")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file; only the first line is for people
+        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise CheckpointError(f"{path}: not a dictionary of tensors")
+    return path, tensors
+
+
+def load_pretrained(folder, log=print):
+    """A Hugging Face BERT or RoBERTa folder (config.json and model.safetensors or pytorch_model.bin) -> Encoder in float32.
+
+    Tensors that belong to no encoder (heads, poolers, position ids) are named once through `log`. Raises CheckpointError
+    for a missing folder, file or tensor, a wrong shape, a truncated file, an architecture that is not supported.
+    """
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder}: no such folder; give a Hugging Face checkpoint folder")
+    config = EncoderConfig.from_folder(folder)
+    path, tensors = read_tensors(folder)
+    found, prefixes = {}, ("bert.", "roberta.")
+    for name, tensor in tensors.items():
+        short = name.split(".", 1)[1] if name.startswith(prefixes) else name
+        # the oldest checkpoints, bert-base-uncased among them, say gamma and beta
+        found[short.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")] = name, tensor
+    with torch.device("meta"):
+        encoder = Encoder(config)
+    state = {}
+    for name, parameter in encoder.state_dict().items():
+        if hf_name(name) not in found:
+            raise CheckpointError(f"{path}: tensor {hf_name(name)} is missing")
+        original, tensor = found.pop(hf_name(name))
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(f"{path}: {original} has shape {list(tensor.shape)}, config.json asks for {list(parameter.shape)}")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {original} has dtype {tensor.dtype}; a floating-point one is needed")
+        state[name] = tensor.float().clone()
+    strange = [name for short, (name, _) in found.items() if short.startswith(("encoder.", "embeddings.")) and not short.endswith("position_ids")]
+    if strange:
+        raise CheckpointError(f"{path}: {strange[0]} and {len(strange) - 1} more have no place in the encoder of config.json")
+    encoder.load_state_dict(state, assign=True)
+    if found:
+        log(f"checkpoint {path}: not part of the encoder, left out: {', '.join(sorted(name for name, _ in found.values()))}")
+    return encoder
+
+
+# ----------------------------------------------------------------------------------------------- the built-in encoder
+
+def pretrain(config, sequences, mask_id, first_word_id, steps, batch_size=64, lr=2e-3, mask=0.2, seed=0, log=print):
+    """Masked language modelling from scratch (Devlin et al. 2018, without next-sentence prediction) -> Encoder
+
+    sequences: list of (input_ids, token_type_ids); ids from first_word_id on are ordinary words. Of all word positions
+    a share of `mask` is predicted: 80 % of them are masked, 10 % replaced by a random word, 10 % kept.
+    """
+    with torch.random.fork_rng(devices=[]):  # whoever calls keeps his random state
+        torch.manual_seed(seed)
+        encoder = Encoder(config)
+        for module in encoder.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        transform, bias = nn.Linear(config.hidden_size, config.hidden_size), nn.Parameter(torch.zeros(config.vocab_size))
+        parameters = [*encoder.parameters(), *transform.parameters(), bias]
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1, anneal_strategy="linear")
+        start = time.perf_counter()
+        for step in range(1, steps + 1):
+            chosen = sorted((sequences[i] for i in torch.randint(len(sequences), (batch_size,))), key=lambda s: len(s[0]))
+            input_ids, attention_mask, token_type_ids = pad(chosen, config.pad_token_id)
+            picked = (torch.rand(input_ids.shape) < mask) & (input_ids >= first_word_id)
+            fate, noise = torch.rand(input_ids.shape), torch.randint(first_word_id, config.vocab_size, input_ids.shape)
+            corrupted = torch.where(picked & (fate < 0.8), mask_id, torch.where(picked & (fate >= 0.9), noise, input_ids))
+            hidden = encoder(corrupted, attention_mask, token_type_ids)[picked]  # (number picked, D)
+            loss = F.cross_entropy(F.linear(F.gelu(transform(hidden)), encoder.word.weight, bias), input_ids[picked])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 100 == 0 or step == steps:
+                log(f"pretrain {step:5d}/{steps} | masked-word loss {loss.item():.3f} | {time.perf_counter() - start:.0f} s")
+    return encoder
+
+
+def save_pretrained(encoder, folder, extra=()):
+    """Write an encoder as a Hugging Face folder (config.json, pytorch_model.bin) plus `extra` (file name, text) files.
+
+    The folder appears whole or not at all; one that is there already is left as it is.
+    """
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder), prefix=".unfinished-") as temporary:
+        whole = os.path.join(temporary, "whole")
+        os.mkdir(whole)
+        for name, text in (("config.json", json.dumps(dataclasses.asdict(encoder.config), indent=1)), *extra):
+            with open(os.path.join(whole, name), "w", encoding="utf-8") as file:
+                file.write(text)
+        torch.save({hf_name(name): t for name, t in encoder.state_dict().items()}, os.path.join(whole, "pytorch_model.bin"))
+        if not os.path.isdir(folder):
+            os.rename(whole, folder)
