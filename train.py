@@ -28,7 +28,7 @@ METHODS = ("dynamic", "static", "lora", "head", "full")
 EPOCHS = {"mrpc": 5, "rte": 10, "cola": 5, "sst2": 1, "qnli": 1, "qqp": 1, "mnli": 1}  # small sets want more passes
 BUILT_IN_ENCODER = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, max_position_embeddings=128,
                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-BUILT_IN_PRETRAINING = dict(steps=1000, batch_size=64, lr=2e-3, mask=0.2, seed=0)
+BUILT_IN_PRETRAINING = dict(steps=2400, batch_size=32, lr=2e-3, mask=0.3, seed=0)
 BUILT_IN_CORPUS = 40_000
 
 
@@ -72,13 +72,13 @@ def parse_args(argv=None):
     group.add_argument("--proxy", default="grad-norm", choices=heterolora.PROXIES, help="score of a module")
     group.add_argument("--allocator", default="greedy", choices=heterolora.ALLOCATORS, help="how scores become ranks")
     group.add_argument("--pool", default="combined", choices=("combined", "separated"), help="LoRA and shortcuts in one list, or each with its share")
-    group.add_argument("--probe-batches", type=number(int, 1), default=32, metavar="N", help="training batches that a scoring sees")
+    group.add_argument("--probe-batches", type=number(int, 1), default=8, metavar="N", help="training batches that a scoring sees")
     group.add_argument("--realloc-every", type=number(float, 0, True), default=0.2, metavar="E", help="epochs between reallocations (dynamic)")
     group.add_argument("--head-warmup", type=number(int, 0), default=100, metavar="N", help="steps of head-only training before the first scoring")
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=number(float, 0, True), metavar="N", help="default: by task, see the README")
     group.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps, and let the schedule end there")
-    group.add_argument("--batch-size", type=number(int, 1), default=16, metavar="N", help="examples a step")
+    group.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N", help="examples a step")
     group.add_argument("--lr", type=number(float, 0, True), help="of the adapters or, for full, the encoder (default: by method and model)")
     group.add_argument("--head-lr", type=number(float, 0, True), default=1e-3, metavar="LR", help="of the head")
     group.add_argument("--weight-decay", type=number(float, 0), default=0.01, metavar="W", help="AdamW's, on matrices")
