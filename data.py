@@ -183,6 +183,7 @@ def _read(path):
 
 def load_tokenizer(folder):
     """A folder with vocab.txt (BERT) or vocab.json and merges.txt (RoBERTa) -> Tokenizer. Raises DataError."""
+    folder = os.fspath(folder)
     path = functools.partial(os.path.join, folder)
     try:
         options = json.loads(_read(path("tokenizer_config.json"))) if os.path.isfile(path("tokenizer_config.json")) else {}
@@ -296,7 +297,7 @@ def batches(lengths, batch_size, generator=None):
     """
     n = len(lengths)
     order = torch.randperm(n, generator=generator).tolist() if generator else list(range(n))
-    group = 50 * batch_size if generator else n
+    group = 50 * batch_size if generator else max(n, 1)
     order = [i for start in range(0, n, group) for i in sorted(order[start:start + group], key=lambda i: lengths[i])]
     chunks = [order[start:start + batch_size] for start in range(0, n, batch_size)]
     return [chunks[i] for i in torch.randperm(len(chunks), generator=generator)] if generator else chunks
@@ -430,7 +431,9 @@ class Language:
         strong, weak = (less, e) if e["negated"] else (e, less)
         if label and self.rng.random() < 0.4:
             return self.sentence(weak), self.sentence(strong)
-        return self.sentence(strong), self.sentence(self.changed(weak) if label else weak)
+        if label:  # what both sentences say is changed, not what only the weak one says
+            weak = self.changed(less) | ({kind: e[kind] for kind in dropped} if e["negated"] else {})
+        return self.sentence(strong), self.sentence(weak)
 
     def sentiment(self, label):
         """-> (text, None): positive (1) or negative (0); in a contrast the main clause decides"""
@@ -451,8 +454,8 @@ class Language:
         self.said = {}
         e = self.event(near=True) | {"past": False}  # in the past only a form of "be" would agree
         fault = None if label else self.rng.choice(("agreement", "agreement", "article", "order", "form", "by"))
-        for p in (e["agent"], e["patient"]) if fault == "article" or (label and self.rng.random() < 1 / 6) else ():
-            p["article"] = self.rng.choice((1, 2))  # "the" has no number; as often in good sentences
+        if fault == "article" or (label and self.rng.random() < 1 / 6):  # "the doctors" has no number to get wrong; good
+            e["agent"]["article"] = e["patient"]["article"] = 2  # sentences say "these" as often, or it would give them away
         return self.sentence(e, fault), None
 
 

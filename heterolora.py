@@ -83,9 +83,9 @@ class LoRA(nn.Module):
 
     def forward(self, x):
         """x (..., d_in) -> dW x (..., d_out)"""
-        if not self.ghost:
+        if not self.ghost or self.rank == self.max_rank:
             return self._delta(x, slice(0, self.rank))
-        ghost = self._delta(x, slice(self.rank, None))
+        ghost = self._delta(x.detach(), slice(self.rank, None))  # detached: else the layers below would get gradients through it
         ghost = ghost - ghost.detach()
         return self._delta(x, slice(0, self.rank)) + ghost if self.rank else ghost
 
@@ -182,7 +182,7 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0):
         parameter.requires_grad_(False)
     adapters = {}
     for name in (name for name in modules if name in chosen):  # the model's own order, not that of the arguments
-        old, generator = modules[name], torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        old, generator = modules[name], torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         if isinstance(old, nn.Linear):
             lora = LoRA(old.in_features, old.out_features, rank, alpha, generator).to(old.weight.device)
             new = LoRALinear(old, lora)
@@ -295,8 +295,8 @@ def _scoring(model, adapters):
             p.grad = grad
         for m, training in modes:
             m.training = training
-        for lora, lora.rank, lora.ghost in state:
-            pass
+        for lora, rank, ghost in state:
+            lora.rank, lora.ghost = rank, ghost
 
 
 @proxy("constant")
@@ -389,7 +389,7 @@ class HeteroLoRA:
         self.history, self.ever = [], dict.fromkeys(adapters, 0)  # ever: the highest rank that a module has had
 
     def allocate(self, scores):
-        """{name: score} -> {name: rank}, within the budget"""
+        """{name: score} -> {name: rank}. Raises ValueError if the allocator spends more than the budget."""
         pools = [list(self.adapters)]
         if self.pool == "separated":
             pools = [[n for n, lora in self.adapters.items() if lora.shortcut == kind] for kind in (False, True)]
@@ -399,7 +399,8 @@ class HeteroLoRA:
             share = self.budget * size(pool) // max(size(self.adapters), 1)
             costs = {name: [lora.price] * lora.max_rank for name, lora in pool.items()}
             ranks |= ALLOCATORS[self.allocator]({name: scores[name] for name in names}, costs, share, self.generator)
-        assert spent(self.adapters, ranks) <= self.budget, f"allocator {self.allocator} overspends"
+        if spent(self.adapters, ranks) > self.budget:
+            raise ValueError(f"allocator {self.allocator} spends {spent(self.adapters, ranks):,} of {self.budget:,} parameters")
         return ranks
 
     def reallocate(self, batches, step=0):
@@ -407,6 +408,9 @@ class HeteroLoRA:
         off (names that came and went), jaccard (of the modules on now and before; None the first time), seconds"""
         start, before = time.perf_counter(), {name for name, rank in self.history[-1]["ranks"].items() if rank} if self.history else set()
         scores = PROXIES[self.proxy](self.model, self.adapters, batches, self.loss_fn)
+        bad = [name for name in self.adapters if not math.isfinite(scores.get(name, math.nan))]
+        if bad:
+            raise FloatingPointError(f"proxy {self.proxy} gives {scores.get(bad[0])} for {bad[0]}: every module needs a finite score")
         if len(scores) > 1 and len(set(scores.values())) == 1 and self.proxy != "constant":
             warnings.warn(f"all {self.proxy} scores are {next(iter(scores.values()))}: the allocation is a random draw. A score made of "
                           "B is 0 while B = 0; use one that is not, such as grad-norm.")

@@ -115,7 +115,7 @@ def built_in_encoder(log):
 
 def write(path, save):
     """Call save(temporary path), then rename: the file at `path` is whole, or not there."""
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".unfinished-")
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix="unfinished-")
     os.close(handle)
     try:
         save(temporary)
@@ -215,7 +215,7 @@ def loss_fn(model, batch):
     inputs, labels = batch
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=labels.device.type == "cuda"):
         logits = model(*inputs)
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
 
 
 @torch.inference_mode()
@@ -248,7 +248,7 @@ def warm_up_head(model, batches, lr):
 
 def generator(seed, purpose):
     """Each purpose has its own random numbers, so that more of one does not change another."""
-    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(purpose.encode()))
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
 
 
 def train(args):
