@@ -142,7 +142,8 @@ class LoRAShortcut(nn.Module):
 def _keep_off_ranks(*_):
     for lora in LoRA.everywhere:
         off = (lora.A.detach()[lora.rank:], lora.B.detach()[:, lora.rank:])
-        lora.kept = [(part, part.clone()) for part, whole in zip(off, (lora.A, lora.B)) if part.numel() and whole.grad is not None]
+        # a module that is off as a whole has no gradient as a rule, and nothing would move it; a closure makes gradients later
+        lora.kept = [(part, part.clone()) for part, whole in zip(off, (lora.A, lora.B)) if part.numel() and (lora.rank or whole.grad is not None)]
 
 
 def _restore_off_ranks(*_):
@@ -169,7 +170,7 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0):
     if any(isinstance(module, LoRA) for module in modules.values()):
         raise ValueError("this model has adapters already: inject once, then use set_ranks")
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
-    points = {name: m for name, m in modules.items() if not isinstance(m, nn.Linear) and next(m.parameters(), None) is None}
+    points = {name: m for name, m in modules.items() if isinstance(m, nn.Identity) or not (type(m).__module__.startswith("torch.") or [*m.parameters()])}
     chosen = {}
     for wanted, among, what in ((targets, linears, "linear module"), (shortcuts, points, "connection point")):
         for last in wanted:
@@ -401,12 +402,13 @@ class HeteroLoRA:
             ranks |= ALLOCATORS[self.allocator]({name: scores[name] for name in names}, costs, share, self.generator)
         if spent(self.adapters, ranks) > self.budget:
             raise ValueError(f"allocator {self.allocator} spends {spent(self.adapters, ranks):,} of {self.budget:,} parameters")
-        return ranks
+        return {name: ranks.get(name, 0) for name in self.adapters}
 
     def reallocate(self, batches, step=0):
         """Score on these batches, allocate, switch -> the new entry of `history`: step, scores, ranks, parameters, on and
-        off (names that came and went), jaccard (of the modules on now and before; None the first time), seconds"""
-        start, before = time.perf_counter(), {name for name, rank in self.history[-1]["ranks"].items() if rank} if self.history else set()
+        off (names that came and went), changed (how many modules have another rank), jaccard (of the modules on now and before;
+        None the first time), seconds. Raises FloatingPointError if a score is not finite."""
+        start, last = time.perf_counter(), self.history[-1]["ranks"] if self.history else dict.fromkeys(self.adapters, 0)
         scores = PROXIES[self.proxy](self.model, self.adapters, batches, self.loss_fn)
         bad = [name for name in self.adapters if not math.isfinite(scores.get(name, math.nan))]
         if bad:
@@ -417,9 +419,10 @@ class HeteroLoRA:
         ranks = self.allocate(scores)
         set_ranks(self.adapters, ranks)
         self.ever = {name: max(ever, ranks[name]) for name, ever in self.ever.items()}
-        now = {name for name, rank in ranks.items() if rank}
+        now, before = ({name for name, rank in r.items() if rank} for r in (ranks, last))
         self.history.append({
             "step": step, "scores": scores, "ranks": ranks, "parameters": spent(self.adapters, ranks),
             "on": [n for n in ranks if n in now - before], "off": [n for n in ranks if n in before - now],
-            "jaccard": len(now & before) / max(len(now | before), 1) if self.history else None, "seconds": time.perf_counter() - start})
+            "changed": sum(ranks[n] != last[n] for n in ranks),
+            "jaccard": None if not self.history else len(now & before) / len(now | before) if now | before else 1.0, "seconds": time.perf_counter() - start})
         return self.history[-1]

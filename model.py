@@ -138,7 +138,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings and `config.num_hidden_layers` layers. Freshly made: N(0, initializer_range²), as BERT is trained from."""
+    """Embeddings and `config.num_hidden_layers` layers."""
 
     def __init__(self, config):
         super().__init__()

@@ -13,7 +13,6 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 import time
 import zlib
 
@@ -37,74 +36,92 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error, and without "(default: None)" """
+
     def error(self, message):
         self.exit(2, f"train.py: error: {message} (python train.py --help lists every flag)\n")
+
+    def add(self, title, *flags):
+        """flags: (name, type, default, metavar or choices, help)"""
+        group = self.add_argument_group(title)
+        for name, kind, default, values, text in flags:
+            values = {"metavar": values} if isinstance(values, str) else {"choices": list(values)}
+            group.add_argument(name, type=kind, default=default, help=text + ("" if default is None else " (default: %(default)s)"), **values)
+
+
+def number(kind, low, included=True, below=math.inf):
+    """-> an argparse type: an int or float from `low` on, or above it, and below another"""
+    def parse(text):
+        value = kind(text)
+        if not (value >= low if included else value > low) or not value < below:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {'at least' if included else 'over'} {low} and below {below}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
 
 
 def parse_args(argv=None):
     """list of str (None: the command line) -> argparse.Namespace"""
-    parser = Parser(description="HeteroLoRA and its baselines under a budget of trainable parameters.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    names = lambda text: [] if text == "none" else text.split(",")
-    def number(kind, low, open_end=False):
-        def parse(text):
-            value = kind(text)
-            if not (value > low if open_end else value >= low) or math.isinf(value):
-                raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {'over' if open_end else 'at least'} {low}")
-            return value
-        parse.__name__ = "whole number" if kind is int else "number"
-        return parse
-    group = parser.add_argument_group("task and model")
-    group.add_argument("--task", default="paraphrase", choices=[*data.BUILT_IN, *data.GLUE], help="the first four are built in, the others GLUE")
-    group.add_argument("--data-dir", metavar="DIR", help="folder of the GLUE folders: DIR/MRPC/train.tsv ...")
-    group.add_argument("--train-limit", type=number(int, 1), metavar="N", help="train on N examples, the same ones for every seed")
-    group.add_argument("--max-length", type=number(int, 5), default=128, metavar="N", help="tokens of an example at most")
-    group.add_argument("--model", default="built-in", metavar="DIR", help="Hugging Face BERT or RoBERTa folder")
-    group.add_argument("--pooling", default="mean", choices=("mean", "cls"), help="what the head sees")
-    group = parser.add_argument_group("method")
-    group.add_argument("--method", default="dynamic", choices=METHODS, help="lora: uniform rank on the targets; head: no adapters; full: every weight")
-    group.add_argument("--budget", metavar="B", help="25%% or 0.25 of the search space, or a number of parameters (default: 25%%; everything for lora)")
-    group.add_argument("--targets", type=names, default="q,v", metavar="LIST", help=f"all, or some of {','.join(heterolora.TARGETS)}")
-    group.add_argument("--shortcuts", type=names, default="all", metavar="LIST", help=f"all, none, or some of {','.join(heterolora.SHORTCUTS)}")
-    group.add_argument("--rank", type=number(int, 1), default=8, metavar="R", help="r_max, the rank of a module that is on")
-    group.add_argument("--alpha", type=number(float, 0, True), default=16.0, help="LoRA adds alpha / R * BA")
-    group.add_argument("--shortcut-alpha", type=number(float, 0, True), default=4.0, metavar="ALPHA", help="the same for shortcuts")
-    group.add_argument("--proxy", default="grad-norm", choices=heterolora.PROXIES, help="score of a module")
-    group.add_argument("--allocator", default="greedy", choices=heterolora.ALLOCATORS, help="how scores become ranks")
-    group.add_argument("--pool", default="combined", choices=("combined", "separated"), help="LoRA and shortcuts in one list, or each with its share")
-    group.add_argument("--probe-batches", type=number(int, 1), default=8, metavar="N", help="training batches that a scoring sees")
-    group.add_argument("--realloc-every", type=number(float, 0, True), default=0.2, metavar="E", help="epochs between reallocations (dynamic)")
-    group.add_argument("--head-warmup", type=number(int, 0), default=100, metavar="N", help="steps of head-only training before the first scoring")
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=number(float, 0, True), metavar="N", help="default: by task, see the README")
-    group.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps, and let the schedule end there")
-    group.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N", help="examples a step")
-    group.add_argument("--lr", type=number(float, 0, True), help="of the adapters or, for full, the encoder (default: by method and model)")
-    group.add_argument("--head-lr", type=number(float, 0, True), default=1e-3, metavar="LR", help="of the head")
-    group.add_argument("--weight-decay", type=number(float, 0), default=0.01, metavar="W", help="AdamW's, on matrices")
-    group.add_argument("--schedule", default="linear", choices=("linear", "constant"), help="of the learning rate, after the warm-up")
-    group.add_argument("--lr-warmup", type=number(float, 0), default=0.06, metavar="SHARE", help="share of the steps in which the learning rate rises")
-    group.add_argument("--clip", type=number(float, 0, True), default=1.0, metavar="NORM", help="gradient norm at most")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="of initialisation, data order, probing, ties and dropout")
-    group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    group.add_argument("--log-every", type=number(int, 1), default=50, metavar="N", help="steps between log lines")
-    group.add_argument("--out", metavar="DIR", help="a new folder for config.json, log.jsonl, result.json and adapters.pt")
+    whole, positive, share = number(int, 1), number(float, 0, included=False), number(float, 0)
+
+    def names(text):
+        return [] if text == "none" else text.split(",")
+    parser = Parser(description="HeteroLoRA and its baselines under a budget of trainable parameters.")
+    parser.add("task and model",
+        ("--task", str, "paraphrase", [*data.BUILT_IN, *data.GLUE], "the first four are built in, the others GLUE"),
+        ("--data-dir", str, None, "DIR", "folder of the GLUE folders: DIR/MRPC/train.tsv and so on"),
+        ("--train-limit", whole, None, "N", "train on N examples, the same ones for every seed (default: all)"),
+        ("--max-length", number(int, 5), 128, "N", "tokens of an example at most"),
+        ("--model", str, "built-in", "DIR", "Hugging Face BERT or RoBERTa folder"),
+        ("--pooling", str, "mean", ("mean", "cls"), "what the head sees"))
+    parser.add("method",
+        ("--method", str, "dynamic", METHODS, "lora: uniform rank on the targets; head: no adapters; full: every weight"),
+        ("--budget", str, None, "B", "25%% or 0.25 of the search space, or a number of parameters (default: 25%%; all of it for lora)"),
+        ("--targets", names, "q,v", "LIST", f"all, none, or some of {','.join(heterolora.TARGETS)}"),
+        ("--shortcuts", names, "all", "LIST", f"all, none, or some of {','.join(heterolora.SHORTCUTS)}"),
+        ("--rank", whole, 8, "R", "r_max, the rank of a module that is fully on"),
+        ("--alpha", positive, 16.0, "ALPHA", "LoRA adds alpha / R * BA"),
+        ("--shortcut-alpha", positive, 4.0, "ALPHA", "the same for shortcuts"),
+        ("--proxy", str, "grad-norm", heterolora.PROXIES, "score of a module"),
+        ("--allocator", str, "greedy", heterolora.ALLOCATORS, "how scores become ranks"),
+        ("--pool", str, "combined", ("combined", "separated"), "LoRA and shortcuts in one list, or each with its share"),
+        ("--probe-batches", whole, 8, "N", "training batches that a scoring sees"),
+        ("--realloc-every", positive, 0.2, "E", "epochs between reallocations (dynamic)"),
+        ("--head-warmup", number(int, 0), 100, "N", "steps of head-only training before the first scoring"))
+    parser.add("training",
+        ("--epochs", positive, None, "N", f"default: 4 for the built-in tasks, {', '.join(f'{v} {k}' for k, v in EPOCHS.items())}"),
+        ("--max-steps", whole, None, "N", "stop after N steps, and let the schedule end there"),
+        ("--batch-size", whole, None, "N", "examples a step (default: 32 with the built-in encoder, else 16)"),
+        ("--lr", positive, None, "LR", "of the adapters (default: 3e-3 built-in, else 1e-3) or, for full, the encoder (3e-4, else 5e-5)"),
+        ("--head-lr", positive, 1e-3, "LR", "of the head"),
+        ("--weight-decay", share, 0.01, "W", "AdamW's, on matrices"),
+        ("--schedule", str, "linear", ("linear", "constant"), "of the learning rate, after its warm-up"),
+        ("--lr-warmup", share, 0.06, "SHARE", "share of the steps in which the learning rate rises"),
+        ("--clip", positive, 1.0, "NORM", "gradient norm at most"),
+        ("--seed", number(int, 0, below=2**63), 0, "SEED", "of initialisation, data order, probing, ties and dropout"),
+        ("--device", str, None, "DEVICE", "cpu, cuda, cuda:1 and so on (default: cuda if there is one)"),
+        ("--log-every", whole, 50, "N", "steps between log lines"),
+        ("--out", str, None, "DIR", "a new folder for config.json, log.jsonl, result.json and adapters.pt"))
     args = parser.parse_args(argv)
-    args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = shlex.join(["python", *(sys.argv if argv is None else ["train.py", *argv])])
     return args
 
 
 # ------------------------------------------------------------------------------------------------ input and output
 
+def built_in_config():
+    """EncoderConfig of the small encoder"""
+    return encoders.EncoderConfig(vocab_size=len(data.built_in_tokenizer().vocab), **BUILT_IN_ENCODER)
+
+
 def built_in_encoder(log):
     """The small encoder of the built-in language, pre-trained once and then taken from the cache -> Encoder, Tokenizer"""
-    tokenizer = data.built_in_tokenizer()
-    config = encoders.EncoderConfig(vocab_size=len(tokenizer.vocab), **BUILT_IN_ENCODER)
-    sources = [inspect.getsource(part) for part in (data.Language, data.built_in_corpus, encoders.Layer, encoders.Encoder, encoders.pretrain)]
-    everything = repr((config, BUILT_IN_PRETRAINING, BUILT_IN_CORPUS, list(tokenizer.vocab), data.LEXICON, sources, torch.__version__))
+    tokenizer, config = data.built_in_tokenizer(), built_in_config()
+    everything = repr((config, BUILT_IN_PRETRAINING, BUILT_IN_CORPUS, inspect.getsource(data), inspect.getsource(encoders), torch.__version__))
     cache = os.environ.get("HETEROLORA_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "heterolora")
     folder = os.path.join(cache, "encoder-" + hashlib.sha256(everything.encode()).hexdigest()[:16])
     if not os.path.isdir(folder):
+        os.makedirs(cache, exist_ok=True)  # now rather than after a minute's work
         log(f"pre-training the built-in encoder, once, into {folder}")
         sequences = [tokenizer.encode(*texts) for texts in data.built_in_corpus(BUILT_IN_CORPUS)]
         first_word = min(i for token, i in tokenizer.vocab.items() if token.isalpha() and len(token) > 1)
@@ -115,14 +132,8 @@ def built_in_encoder(log):
 
 def write(path, save):
     """Call save(temporary path), then rename: the file at `path` is whole, or not there."""
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix="unfinished-")
-    os.close(handle)
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    save(path + ".unfinished")
+    os.replace(path + ".unfinished", path)
 
 
 def write_json(path, value):
@@ -166,29 +177,38 @@ def prepare(args, log):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    if args.model == "built-in" and args.task in data.GLUE:
+    built_in = args.model == "built-in"
+    if built_in and args.task in data.GLUE:
         raise UsageError(f"task {args.task} needs --model DIR, a Hugging Face folder: the built-in encoder knows only its own language")
     task = data.load_task(args.task, args.data_dir)
     if args.train_limit:
         chosen = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))[:args.train_limit].sort().values
         task.train = [task.train[i] for i in chosen.tolist()]
-    encoder, tokenizer = built_in_encoder(log) if args.model == "built-in" else (encoders.load_pretrained(args.model, log), data.load_tokenizer(args.model))
+    if built_in:
+        adapt(args, encoders.Encoder(built_in_config()))  # a rehearsal: bad flags show before a minute of pre-training
+    encoder, tokenizer = built_in_encoder(log) if built_in else (encoders.load_pretrained(args.model, log), data.load_tokenizer(args.model))
     if max(tokenizer.vocab.values()) >= encoder.config.vocab_size:
         raise UsageError(f"{args.model}: the tokenizer has ids up to {max(tokenizer.vocab.values())}, the encoder only {encoder.config.vocab_size} words")
+    model = encoders.Classifier(encoder, task.num_labels, args.pooling, generator(args.seed, "head")).to(device)
+    adapters, args.budget = adapt(args, encoder)
     args.max_length = min(args.max_length, encoder.max_length)
-    model = encoders.Classifier(encoder, task.num_labels, args.pooling, torch.Generator().manual_seed(args.seed)).to(device)
     args.epochs = args.epochs or EPOCHS.get(args.task, 4)
-    args.lr = args.lr or {"full": 3e-4 if args.model == "built-in" else 5e-5}.get(args.method, 3e-3 if args.model == "built-in" else 1e-3)
-    adapters = {}
-    if args.method in ("dynamic", "static", "lora"):
-        targets, shortcuts = ((every if chosen == ["all"] else chosen) for chosen, every in ((args.targets, heterolora.TARGETS), (args.shortcuts, heterolora.SHORTCUTS)))
-        adapters = heterolora.inject(model.encoder, targets, shortcuts, args.rank, args.alpha, args.shortcut_alpha, args.seed)
-        if not adapters:
-            raise UsageError("the search space is empty: give --targets or --shortcuts")
-        args.budget = heterolora.parse_budget(args.budget or ("100%" if args.method == "lora" else "25%"), heterolora.size(adapters))
-    elif args.method == "head":
-        encoder.requires_grad_(False)
+    args.batch_size = args.batch_size or (32 if built_in else 16)
+    args.lr = args.lr or ((3e-4 if built_in else 5e-5) if args.method == "full" else 3e-3 if built_in else 1e-3)
     return device, task, tokenizer, model, adapters
+
+
+def adapt(args, encoder):
+    """Put the adapters that the method asks for into the encoder -> {name: LoRA} and the budget in parameters, {} and None without"""
+    if args.method in ("head", "full"):
+        encoder.requires_grad_(args.method == "full")
+        return {}, None
+    targets, shortcuts = (every if chosen == ["all"] else chosen
+                          for chosen, every in ((args.targets, heterolora.TARGETS), (args.shortcuts, heterolora.SHORTCUTS)))
+    adapters = heterolora.inject(encoder, targets, shortcuts, args.rank, args.alpha, args.shortcut_alpha, args.seed)
+    if not adapters:
+        raise UsageError("the search space is empty: give --targets or --shortcuts")
+    return adapters, heterolora.parse_budget(args.budget or ("100%" if args.method == "lora" else "25%"), heterolora.size(adapters))
 
 
 class Batches:
@@ -207,15 +227,20 @@ class Batches:
     def sample(self, count, batch_size, generator):
         """`count` random batches, for scoring"""
         drawn = torch.randint(len(self.labels), (count * batch_size,), generator=generator).tolist()
-        return [self[[drawn[i] for i in chunk]] for chunk in data.batches([self.lengths[i] for i in drawn], batch_size)]
+        return [self[[drawn[i] for i in chunk]] for chunk in data.batches([self.lengths[i] for i in drawn], batch_size, generator)]
+
+
+def predict(model, inputs):
+    """(input_ids, attention_mask, token_type_ids) -> logits (B, C), at least float32; bfloat16 autocast inside on CUDA"""
+    device = inputs[0].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits = model(*inputs)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def loss_fn(model, batch):
-    """Mean cross-entropy of a batch; bfloat16 autocast on CUDA"""
-    inputs, labels = batch
-    with torch.autocast(labels.device.type, torch.bfloat16, enabled=labels.device.type == "cuda"):
-        logits = model(*inputs)
-    return F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
+    """Mean cross-entropy of a batch (inputs, labels)"""
+    return F.cross_entropy(predict(model, batch[0]), batch[1])
 
 
 @torch.inference_mode()
@@ -225,8 +250,7 @@ def evaluate(model, split, metric, batch_size=64):
     predictions, total = [0] * len(split.labels), 0.0
     for indices in data.batches(split.lengths, batch_size):
         inputs, labels = split[indices]
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=labels.device.type == "cuda"):
-            logits = model(*inputs).float()
+        logits = predict(model, inputs)
         total += F.cross_entropy(logits, labels, reduction="sum").item()
         for i, prediction in zip(indices, logits.argmax(1).tolist()):
             predictions[i] = prediction
@@ -249,6 +273,22 @@ def warm_up_head(model, batches, lr):
 def generator(seed, purpose):
     """Each purpose has its own random numbers, so that more of one does not change another."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
+
+
+def make_optimizer(args, model, total):
+    """AdamW over what is trainable: encoder (adapters, or all of it) at --lr, head at --head-lr; decay on matrices only"""
+    groups = []
+    for part, lr in ((model.encoder, args.lr), (model.head, args.head_lr)):
+        for matrices in (True, False):
+            params = [p for p in part.parameters() if p.requires_grad and (p.dim() > 1) == matrices]
+            groups += [{"params": params, "lr": lr, "weight_decay": args.weight_decay * matrices}] if params else []
+    warm = math.ceil(args.lr_warmup * total)
+
+    def factor(step):
+        rise, fall = (step + 1) / max(warm, 1), (total - step) / max(total - warm, 1)
+        return min(1, rise) if args.schedule == "constant" else min(1, rise, fall)
+    optimizer = torch.optim.AdamW(groups)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def train(args):
@@ -275,47 +315,41 @@ def train(args):
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total = min(math.ceil(args.epochs * steps_per_epoch), args.max_steps or math.inf)
     realloc_every = max(1, round(args.realloc_every * steps_per_epoch))
-    data_order, probing = generator(args.seed, "data order"), generator(args.seed, "probing")
+    optimizer, schedule = make_optimizer(args, model, total)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    encoder_size = sum(p.numel() for name, p in model.encoder.named_parameters() if ".lora." not in name)
+    log(f"model   encoder {encoder_size:,} | head {count(model.head):,} | search space {heterolora.size(adapters):,} in {len(adapters)} modules")
+    log(f"data    {args.task}: {len(train_set.labels):,} train, {len(dev_set.labels):,} dev | {total} steps, {steps_per_epoch} an epoch")
 
-    search, space = None, heterolora.size(adapters)
+    search = None
     if args.method == "lora":  # the same rank for every target; shortcuts count in the search space, and stay off
         costs = {name: [lora.price] * lora.max_rank for name, lora in adapters.items() if not lora.shortcut}
         heterolora.set_ranks(adapters, heterolora.uniform({}, costs, args.budget, None))
+        log(f"uniform {heterolora.spent(adapters):,}/{args.budget:,} params")
     elif adapters:
         search = heterolora.HeteroLoRA(model, adapters, args.budget, loss_fn, args.proxy, args.allocator, args.pool, args.seed)
         heterolora.set_ranks(adapters, {})
-
-    encoder = [p for p in model.encoder.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in part if (p.dim() > 1) == matrices], "lr": lr, "weight_decay": args.weight_decay * matrices}
-              for part, lr in ((encoder, args.lr), (list(model.head.parameters()), args.head_lr)) for matrices in (True, False)]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]])
-    warm = math.ceil(args.lr_warmup * total)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / max(warm, 1)) * (
-        1 if args.schedule == "constant" else min(1, (total - step) / max(total - warm, 1))))
-    trained = [p for g in groups for p in g["params"]]
-    params_head = sum(p.numel() for p in model.head.parameters())
-    params_encoder = sum(p.numel() for p in encoder)
-    log(f"model   encoder {sum(p.numel() for n, p in model.encoder.named_parameters() if '.lora.' not in n):,} | head {params_head:,} | "
-        f"search space {space:,} in {len(adapters)} modules | budget {args.budget if adapters else 0:,} parameters")
-    log(f"data    {args.task}: {len(train_set.labels):,} train, {len(dev_set.labels):,} dev | {total} steps, {steps_per_epoch} an epoch")
-
+    data_order, probing, heading = (generator(args.seed, purpose) for purpose in ("data order", "probing", "head warm-up"))
     model.train()
     torch.manual_seed(args.seed)  # dropout
     train_seconds = search_seconds = running = 0.0
-    evaluations, queue, samples, since = [], [], 0, time.perf_counter()
-    for step in range(total):
-        if search and (step == 0 or args.method == "dynamic" and step % realloc_every == 0):
+    evaluations, queue, samples = [], [], 0
+    advice = f"try a lower --lr (now {args.lr:g}) or --head-lr (now {args.head_lr:g})"
+    for step in range(1, total + 1):
+        if search and (step == 1 or args.method == "dynamic" and (step - 1) % realloc_every == 0):
             start = time.perf_counter()
-            head = {name: value.clone() for name, value in model.head.state_dict().items()}
-            if step == 0:
-                warm_up_head(model, train_set.sample(args.head_warmup, args.batch_size, probing), args.head_lr)
-            entry = search.reallocate(train_set.sample(args.probe_batches, args.batch_size, probing), step)
-            model.head.load_state_dict(head)  # training starts from the same head with and without a search
+            if step == 1:
+                head = {name: value.clone() for name, value in model.head.state_dict().items()}
+                warm_up_head(model, train_set.sample(args.head_warmup, args.batch_size, heading), args.head_lr)
+            try:
+                entry = search.reallocate(train_set.sample(args.probe_batches, args.batch_size, probing), step - 1)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} (step {step}): {advice}") from None
+            if step == 1:
+                model.head.load_state_dict(head)  # training starts from the same head with and without a search
             search_seconds += time.perf_counter() - start
-            changes = [f"{sign}{name.removeprefix('layers.')}" for sign, names in (("+", entry["on"]), ("-", entry["off"])) for name in names if step]
-            log(f"alloc @ step {step} | on {sum(map(bool, entry['ranks'].values()))}/{len(adapters)} modules | {entry['parameters']:,}/{args.budget:,} params"
-                + (f" | jaccard {entry['jaccard']:.2f} | {' '.join(changes) or 'no change'}" if step else ""), kind="alloc", **entry)
-        if step == 0 and adapters:
+            log_reallocation(log, entry, args.budget)
+        if step == 1 and adapters:
             log(heterolora.grid(adapters))
             if not any(lora.rank for lora in adapters.values()):
                 log(f"note    nothing is on: the cheapest choice costs more than the budget of {args.budget:,}; only the head trains")
@@ -331,41 +365,57 @@ def train(args):
         schedule.step()
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {step + 1}: try a lower --lr (now {args.lr:g}) or --head-lr (now {args.head_lr:g})")
+            raise FloatingPointError(f"the loss is {value} at step {step}: {advice}")
         train_seconds += time.perf_counter() - start
         samples, running = samples + len(batch[1]), running + value
 
-        done = step + 1
-        if done % args.log_every == 0 or done == total:
-            count = (done - 1) % args.log_every + 1
-            log(f"step {done:6d}/{total} | loss {running / count:.4f} | {1000 * train_seconds / done:.1f} ms/step | {samples / train_seconds:.1f} samples/s",
-                kind="step", step=done, loss=running / count, lr=schedule.get_last_lr()[0], train_seconds=train_seconds)
-            running = 0.0
-        if done % steps_per_epoch == 0 or done == total:
+        if step % args.log_every == 0 or step == total:
+            mean, running = running / ((step - 1) % args.log_every + 1), 0.0
+            log(f"step {step:6d}/{total} | loss {mean:.4f} | {1000 * train_seconds / step:.1f} ms/step | {samples / train_seconds:.1f} samples/s",
+                kind="step", step=step, loss=mean, lr=schedule.get_last_lr()[0], train_seconds=train_seconds)
+        if step % steps_per_epoch == 0 or step == total:
             evaluations.append(evaluate(model, dev_set, task.metric))
-            log(f"eval {done:6d}/{total} | " + " | ".join(f"{k} {v:.4f}" for k, v in evaluations[-1].items()), kind="eval", step=done, **evaluations[-1])
+            if not math.isfinite(evaluations[-1]["loss"]):
+                raise FloatingPointError(f"the loss on the dev set is {evaluations[-1]['loss']} after step {step}: {advice}")
+            log(f"eval {step:6d}/{total} | {in_words(evaluations[-1])}", kind="eval", step=step, **evaluations[-1])
 
-    ranks = {name: lora.rank for name, lora in adapters.items()}
     metric = next(iter(evaluations[-1]))
+    active = heterolora.spent(adapters) if adapters else count(model.encoder)
     result = {
         "task": args.task, "method": args.method, "proxy": args.proxy if search else None, "seed": args.seed, "metric": metric,
         "last": evaluations[-1][metric], "best": max(e[metric] for e in evaluations), "dev": evaluations[-1],
-        "params_budget": args.budget if adapters else None, "params_active": heterolora.spent(adapters) if adapters else params_encoder,
-        "params_ever_trained": heterolora.spent(adapters, search.ever if search else None) if adapters else params_encoder,
-        "params_stored": heterolora.spent(adapters) if adapters else params_encoder,
-        "params_search_space": space, "params_head": params_head, "ranks": ranks, "steps": total,
-        "train_seconds": train_seconds, "search_seconds": search_seconds, "wall_seconds": time.perf_counter() - since,
-        "samples_per_second": samples / train_seconds, "peak_memory_mb": peak_memory_mb(device), "threads": torch.get_num_threads()}
+        "params_budget": args.budget if adapters else None, "params_active": active,
+        "params_ever_trained": heterolora.spent(adapters, search.ever) if search else active, "params_stored": active,
+        "params_search_space": heterolora.size(adapters), "params_head": count(model.head), "ranks": {name: lora.rank for name, lora in adapters.items()},
+        "steps": total, "train_seconds": train_seconds, "search_seconds": search_seconds, "samples_per_second": samples / train_seconds,
+        "peak_memory_mb": peak_memory_mb(device), "threads": torch.get_num_threads()}
     if adapters:
         log(heterolora.grid(adapters))
-    log(f"result  {args.task} {args.method} seed {args.seed} | " + " | ".join(f"{k} {v:.4f}" for k, v in evaluations[-1].items())
-        + f" | best {metric} {result['best']:.4f}")
-    log(f"params  active {result['params_active']:,} | ever trained {result['params_ever_trained']:,} | stored {result['params_stored']:,} | head {params_head:,}")
-    log(f"time    training {train_seconds:.1f} s | search {search_seconds:.1f} s | {result['samples_per_second']:.1f} samples/s | peak memory {result['peak_memory_mb'] or 0:.0f} MB")
+    log(f"result  {args.task} {args.method} seed {args.seed} | {in_words(evaluations[-1])} | best {metric} {result['best']:.4f}")
+    log(f"params  active {active:,} | ever trained {result['params_ever_trained']:,} | stored {active:,} | head {result['params_head']:,}")
+    log(f"time    training {train_seconds:.1f} s | search {search_seconds:.1f} s | {result['samples_per_second']:.1f} samples/s | "
+        f"peak memory {result['peak_memory_mb'] or 0:.0f} MB")
     if args.out:
         write(os.path.join(args.out, "adapters.pt"), lambda path: torch.save(trained_state(model, adapters), path))
         write_json(os.path.join(args.out, "result.json"), result)
     return result
+
+
+def count(module):
+    """Trainable parameters of a module"""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def in_words(values):
+    """{"accuracy": 0.5, ...} -> "accuracy 0.5000 | ..." """
+    return " | ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def log_reallocation(log, entry, budget):
+    """One line for an entry of HeteroLoRA.history: how much is on, and after the first what came and what went"""
+    changes = [sign + name.removeprefix("layers.") for sign, names in (("+", entry["on"]), ("-", entry["off"])) for name in names]
+    log(f"alloc @ step {entry['step']} | on {sum(map(bool, entry['ranks'].values()))}/{len(entry['ranks'])} modules | {entry['parameters']:,}/{budget:,} params"
+        + ("" if entry["jaccard"] is None else f" | jaccard {entry['jaccard']:.2f} | {' '.join(changes) or ('other ranks' if entry['changed'] else 'no change')}"), kind="alloc", **entry)
 
 
 def trained_state(model, adapters):
