@@ -209,8 +209,6 @@ def set_ranks(adapters, ranks):
             raise ValueError(f"{name} is merged into its host: unmerge it before its rank changes")
     for name, lora in adapters.items():
         lora.rank = ranks.get(name, 0)
-        if lora.rank == 0:
-            lora.A.grad = lora.B.grad = None  # a gradient left over from before must not move it
 
 
 def spent(adapters, ranks=None):

@@ -279,6 +279,7 @@ def test_byte_level_bpe_merges_as_the_slow_loop_does_and_splits_as_gpt2():
     assert [tokens[i] for i in tokenizer.ids(" low é")] == ["Ġlow", "Ġ", "Ã", "©"]
     splits = lambda text: [text[m.start():m.end()] for m in tokenizer.pattern.finditer(text.translate(tokenizer.kind))]
     assert splits("we'll pay  $5½ or 'tis\n\n  中文é!? ") == ["we", "'ll", " pay", " ", " $", "5½", " or", " '", "tis", "\n\n ", " 中文é", "!?", " "]
+    assert splits("#\x1c's") == ["#\x1c'", "s"]  # a control character, no white space, whatever Python says
     assert tokenizer.encode("low", "er") == ([0, tokens.index("low"), 2, 2, tokens.index("er"), 2], [0] * 6)
     assert tokenizer.encode("a  <mask>b")[0] == [0, tokens.index("a"), 4, tokens.index("b"), 2]
 
@@ -594,6 +595,15 @@ def test_modules_that_are_off_are_scored_without_being_felt():
     for name in on:
         lora = adapters[name]
         assert scores[name] == pytest.approx((lora.A.grad.norm() + lora.B.grad.norm()).item(), rel=1e-4)
+
+
+def test_scoring_sees_no_dropout():
+    classifier, adapters = injected(trained=True)
+    for module in classifier.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    scores = [heterolora.PROXIES["grad-norm"](classifier.train(mode), adapters, [tiny_batch()], loss_fn) for mode in (True, False)]
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize("name", heterolora.PROXIES)
