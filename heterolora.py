@@ -239,6 +239,7 @@ def grid(adapters, ranks=None):
     ranks = {name: lora.rank for name, lora in adapters.items()} if ranks is None else ranks
     rows = list(dict.fromkeys(name.rpartition(".")[0] for name in adapters))
     kinds = [*dict.fromkeys(name.rpartition(".")[2] for name in sorted(adapters, key=lambda n: adapters[n].shortcut))]
+
     def total(names):
         return f"{sum(adapters[n].price * ranks.get(n, 0) for n in names if n in adapters):,}"
     table = [["", *kinds, "parameters"]]

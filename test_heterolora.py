@@ -30,6 +30,7 @@ from heterolora import HeteroLoRA, LoRA, LoRALinear, inject, set_ranks, size, sp
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GLUE = os.environ.get("GLUE_DIR", os.path.join(HERE, "..", "shared", "glue"))
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much when the machine is busy
 needs_glue = pytest.mark.skipif(not os.path.isdir(GLUE), reason="no GLUE files")
 
 

@@ -92,7 +92,7 @@ def parse_args(argv=None):
         ("--epochs", positive, None, "N", f"default: 4 for the built-in tasks, {', '.join(f'{v} {k}' for k, v in EPOCHS.items())}"),
         ("--max-steps", whole, None, "N", "stop after N steps, and let the schedule end there"),
         ("--batch-size", whole, None, "N", "examples a step (default: 32 with the built-in encoder, else 16)"),
-        ("--lr", positive, None, "LR", "of the adapters (default: 3e-3 built-in, else 1e-3) or, for full, the encoder (3e-4, else 5e-5)"),
+        ("--lr", positive, None, "LR", "of the adapters (default: 2e-3 built-in, else 1e-3) or, for full, the encoder (3e-4, else 5e-5)"),
         ("--head-lr", positive, 1e-3, "LR", "of the head"),
         ("--weight-decay", share, 0.01, "W", "AdamW's, on matrices"),
         ("--schedule", str, "linear", ("linear", "constant"), "of the learning rate, after its warm-up"),
@@ -194,7 +194,7 @@ def prepare(args, log):
     args.max_length = min(args.max_length, encoder.max_length)
     args.epochs = args.epochs or EPOCHS.get(args.task, 4)
     args.batch_size = args.batch_size or (32 if built_in else 16)
-    args.lr = args.lr or ((3e-4 if built_in else 5e-5) if args.method == "full" else 3e-3 if built_in else 1e-3)
+    args.lr = args.lr or ((3e-4 if built_in else 5e-5) if args.method == "full" else 2e-3 if built_in else 1e-3)
     return device, task, tokenizer, model, adapters
 
 
@@ -291,18 +291,15 @@ def make_optimizer(args, model, total):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def train(args):
-    """One whole run of parse_args(...) -> result, the dict that result.json holds
-
-    Raises UsageError for bad input before any training, FloatingPointError if the loss stops being finite.
-    """
+def begin(args):
+    """Refuse bad input, then say and save what will be run -> log and what `prepare` gives. Raises UsageError."""
     try:
         if args.out:
             os.makedirs(args.out, exist_ok=True)
             if os.path.exists(os.path.join(args.out, "config.json")):
                 raise UsageError(f"--out {args.out} holds a run already: give a new folder")
         log = Log(args.out)
-        device, task, tokenizer, model, adapters = prepare(args, log)
+        prepared = prepare(args, log)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
     config = {key: value for key, value in vars(args).items() if key != "command"}
@@ -310,7 +307,15 @@ def train(args):
     log("config  " + " ".join(f"{key}={','.join(v) if isinstance(v, list) else v}" for key, v in config.items() if v is not None))
     if args.out:
         write_json(os.path.join(args.out, "config.json"), {"command": args.command, **config, "torch": torch.__version__})
+    return log, *prepared
 
+
+def train(args):
+    """One whole run of parse_args(...) -> result, the dict that result.json holds
+
+    Raises UsageError for bad input before any training, FloatingPointError if the loss stops being finite.
+    """
+    log, device, task, tokenizer, model, adapters = begin(args)
     train_set, dev_set = (Batches(split, tokenizer, args.max_length, device) for split in (task.train, task.dev))
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total = min(math.ceil(args.epochs * steps_per_epoch), args.max_steps or math.inf)
@@ -379,25 +384,31 @@ def train(args):
                 raise FloatingPointError(f"the loss on the dev set is {evaluations[-1]['loss']} after step {step}: {advice}")
             log(f"eval {step:6d}/{total} | {in_words(evaluations[-1])}", kind="eval", step=step, **evaluations[-1])
 
-    metric = next(iter(evaluations[-1]))
-    active = heterolora.spent(adapters) if adapters else count(model.encoder)
-    result = {
-        "task": args.task, "method": args.method, "proxy": args.proxy if search else None, "seed": args.seed, "metric": metric,
-        "last": evaluations[-1][metric], "best": max(e[metric] for e in evaluations), "dev": evaluations[-1],
-        "params_budget": args.budget if adapters else None, "params_active": active,
-        "params_ever_trained": heterolora.spent(adapters, search.ever) if search else active, "params_stored": active,
-        "params_search_space": heterolora.size(adapters), "params_head": count(model.head), "ranks": {name: lora.rank for name, lora in adapters.items()},
+    result = summarise(args, log, model, adapters, search, evaluations) | {
         "steps": total, "train_seconds": train_seconds, "search_seconds": search_seconds, "samples_per_second": samples / train_seconds,
         "peak_memory_mb": peak_memory_mb(device), "threads": torch.get_num_threads()}
-    if adapters:
-        log(heterolora.grid(adapters))
-    log(f"result  {args.task} {args.method} seed {args.seed} | {in_words(evaluations[-1])} | best {metric} {result['best']:.4f}")
-    log(f"params  active {active:,} | ever trained {result['params_ever_trained']:,} | stored {active:,} | head {result['params_head']:,}")
     log(f"time    training {train_seconds:.1f} s | search {search_seconds:.1f} s | {result['samples_per_second']:.1f} samples/s | "
         f"peak memory {result['peak_memory_mb'] or 0:.0f} MB")
     if args.out:
         write(os.path.join(args.out, "adapters.pt"), lambda path: torch.save(trained_state(model, adapters), path))
         write_json(os.path.join(args.out, "result.json"), result)
+    return result
+
+
+def summarise(args, log, model, adapters, search, evaluations):
+    """What was reached with how many parameters, logged and -> dict. The last evaluation counts; the best is named beside it."""
+    metric = next(iter(evaluations[-1]))
+    active = heterolora.spent(adapters) if adapters else count(model.encoder)
+    result = {
+        "task": args.task, "method": args.method, "proxy": args.proxy if search else None, "seed": args.seed, "metric": metric,
+        "last": evaluations[-1][metric], "best": max(e[metric] for e in evaluations), "dev": evaluations[-1],
+        "params_budget": args.budget, "params_active": active, "params_ever_trained": heterolora.spent(adapters, search.ever) if search else active,
+        "params_stored": active, "params_search_space": heterolora.size(adapters), "params_head": count(model.head),
+        "ranks": {name: lora.rank for name, lora in adapters.items()}}
+    if adapters:
+        log(heterolora.grid(adapters))
+    log(f"result  {args.task} {args.method} seed {args.seed} | {in_words(evaluations[-1])} | best {metric} {result['best']:.4f}")
+    log(f"params  active {active:,} | ever trained {result['params_ever_trained']:,} | stored {active:,} | head {result['params_head']:,}")
     return result
 
 
