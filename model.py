@@ -1,6 +1,6 @@
 """A plain transformer encoder of the BERT and RoBERTa family, and its checkpoints.
 
-Nothing here knows of LoRA. Every layer has four named connection points (DESIGN in the README's
+Nothing here knows of LoRA. Every layer has four named connection points (see the README's
 figure): the two residual connections, which are `nn.Identity`, and two cross-layer shortcuts, which
 are `Nothing`. `heterolora.inject` swaps those, and the linears, by name.
 
