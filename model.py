@@ -7,11 +7,14 @@ are `Nothing`. `heterolora.inject` swaps those, and the linears, by name.
 Shapes: B sequences, T tokens, D hidden_size, F intermediate_size, H heads, C classes.
 """
 import dataclasses
+import hashlib
+import inspect
 import json
 import math
 import mmap
 import os
 import struct
+import sys
 import tempfile
 import time
 
@@ -19,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import batches, pad
+import data
 
 ACTIVATIONS = {  # hidden_act of config.json; "gelu" is the exact one, with erf
     "gelu": F.gelu, "gelu_python": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
@@ -308,6 +311,12 @@ def load_pretrained(folder, log=print):
 
 # ----------------------------------------------------------------------------------------------- the built-in encoder
 
+BUILT_IN_ENCODER = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, max_position_embeddings=128,
+                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+BUILT_IN_PRETRAINING = dict(steps=2400, batch_size=32, lr=2e-3, mask=0.3, seed=0)
+BUILT_IN_CORPUS = 40_000
+
+
 def pretrain(config, sequences, mask_id, first_word_id, steps, batch_size=32, lr=2e-3, mask=0.3, seed=0, log=print):
     """Masked language modelling from scratch (Devlin et al. 2018, without next-sentence prediction) -> Encoder
 
@@ -340,8 +349,8 @@ def pretrain(config, sequences, mask_id, first_word_id, steps, batch_size=32, lr
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, anneal_strategy="linear", cycle_momentum=False)
         start, lengths, queue, losses = time.perf_counter(), [len(ids) for ids, _ in sequences], [], []
         for step in range(1, steps + 1):
-            queue = queue or batches(lengths, batch_size, torch.default_generator)
-            input_ids, attention_mask, token_type_ids = pad([sequences[i] for i in queue.pop()], config.pad_token_id)
+            queue = queue or data.batches(lengths, batch_size, torch.default_generator)
+            input_ids, attention_mask, token_type_ids = data.pad([sequences[i] for i in queue.pop()], config.pad_token_id)
             picked = (torch.rand(input_ids.shape) < mask) & (input_ids >= first_word_id)
             fate, replacement = torch.rand(input_ids.shape), table[input_ids.roll(1, 1), torch.randint(512, input_ids.shape)]
             corrupted = torch.where(picked & (fate < 0.6), mask_id, torch.where(picked & (fate >= 0.7), replacement, input_ids))
@@ -374,3 +383,24 @@ def save_pretrained(encoder, folder, extra=()):
         torch.save({hf_name(name): t for name, t in encoder.state_dict().items()}, os.path.join(whole, "pytorch_model.bin"))
         if not os.path.isdir(folder):
             os.rename(whole, folder)
+
+
+def built_in_config():
+    """EncoderConfig of the small encoder"""
+    return EncoderConfig(vocab_size=len(data.built_in_tokenizer().vocab), **BUILT_IN_ENCODER)
+
+
+def built_in_encoder(log):
+    """The small encoder of the built-in language, pre-trained once and then taken from the cache -> Encoder, Tokenizer"""
+    tokenizer, config = data.built_in_tokenizer(), built_in_config()
+    everything = repr((config, BUILT_IN_PRETRAINING, BUILT_IN_CORPUS, inspect.getsource(data), inspect.getsource(sys.modules[__name__]), torch.__version__))
+    cache = os.environ.get("HETEROLORA_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "heterolora")
+    folder = os.path.join(cache, "encoder-" + hashlib.sha256(everything.encode()).hexdigest()[:16])
+    if not os.path.isdir(folder):
+        os.makedirs(cache, exist_ok=True)  # now rather than after a minute's work
+        log(f"pre-training the built-in encoder, once, into {folder}")
+        sequences = [tokenizer.encode(*texts) for texts in data.built_in_corpus(BUILT_IN_CORPUS)]
+        first_word = min(i for token, i in tokenizer.vocab.items() if token.isalpha() and len(token) > 1)
+        encoder = pretrain(config, sequences, tokenizer.mask_id, first_word, log=log, **BUILT_IN_PRETRAINING)
+        save_pretrained(encoder, folder, [("vocab.txt", "".join(token + "\n" for token in tokenizer.vocab))])
+    return load_pretrained(folder, log), data.load_tokenizer(folder)

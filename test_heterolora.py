@@ -13,7 +13,9 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import warnings
+import xml.etree.ElementTree
 import zlib
 
 import numpy as np
@@ -456,6 +458,52 @@ def test_injection_refuses_what_cannot_work(change, message):
         injected(**change)
 
 
+def test_an_injection_that_fails_changes_nothing_and_shared_modules_are_refused():
+    classifier = tiny_classifier()
+    before = [(n, type(m), p.requires_grad) for n, m in classifier.named_modules() for p in m.parameters()]
+    for wrong, message in ((dict(rank=17), "rank 17"), (dict(alpha=0), "alpha 0"), (dict(shortcut_alpha=-1), "alpha -1")):
+        with pytest.raises(ValueError, match=message):
+            inject(classifier.encoder, **{**ALL, **wrong})
+        assert before == [(n, type(m), p.requires_grad) for n, m in classifier.named_modules() for p in m.parameters()]
+    classifier.encoder.layers[2].q = classifier.encoder.layers[0].q
+    with pytest.raises(ValueError, match="layers.2.q is the same module as another"):
+        inject(classifier.encoder, **ALL)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Identity())
+    with pytest.raises(ValueError, match="hidden_size"):
+        inject(model, (), ("1",), 1, 1)
+    assert inject(nn.Sequential(nn.Linear(3, 3)).double(), ("0",), (), 1, 1)["0"].A.dtype == torch.double
+
+
+def test_scores_that_would_be_wrong_are_refused():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.a(x)
+            x += self.b(x)
+            return x
+    model, x = InPlace(), torch.randn(3, 4)
+    adapters = inject(model, ("a", "b"), (), 2, 2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        heterolora.PROXIES["host-grad"](model, adapters, [x], lambda m, b: m(b).square().mean())
+    with pytest.raises(FloatingPointError, match="G of a is not finite"):
+        heterolora.PROXIES["spectral"](nn.Sequential(model.a), {"a": adapters["a"]}, [x * math.inf], lambda m, b: m(b).square().mean())
+
+    def twice(m, b):
+        with torch.no_grad():
+            m(b)  # a look without gradients is no use of the module
+        return m(b).square().mean()
+    one, two = (heterolora.PROXIES["grad-norm"](nn.Sequential(model.a), {"a": adapters["a"]}, [x], f) for f in (lambda m, b: m(b).square().mean(), twice))
+    assert one == two
+
+
+def test_synflow_without_a_way_for_the_flow_is_zero():
+    classifier, adapters = injected(targets=("q", "k"), shortcuts=(), trained=True)
+    assert set(heterolora.PROXIES["synflow"](classifier, adapters, iter([tiny_batch()]), loss_fn).values()) == {0.0}
+
+
 def test_ranks_and_second_injections_are_checked():
     classifier, adapters = injected()
     for ranks, message in (({"layers.9.q": 1}, "no adapter is called 'layers.9.q'"), ({"layers.0.q": 5}, "from 0 to 4"), ({"layers.0.q": -1}, "from 0 to 4")):
@@ -465,22 +513,26 @@ def test_ranks_and_second_injections_are_checked():
         inject(classifier.encoder, ("q",), (), 4, 8)
 
 
+@pytest.mark.parametrize("granularity", ["module", "rank"])
 @pytest.mark.parametrize("budget", [0, 31, 32, 127, 128, 500, 1000, 2000, 4000, 10**4])
-def test_the_budget_is_what_really_receives_gradients(budget):
+def test_the_budget_is_what_really_receives_gradients(budget, granularity):
     classifier, adapters = injected(trained=True)
     budget = min(budget, size(adapters))
-    search = HeteroLoRA(classifier, adapters, budget, loss_fn, "constant")
+    search = HeteroLoRA(classifier, adapters, budget, loss_fn, "constant", granularity=granularity)
     search.reallocate([], 0)
     loss_fn(classifier, tiny_batch()).backward()
     live = sum(int((p.grad.flatten(1) != 0).any(1 if p is l.A else 0).sum()) * (p.numel() // l.max_rank) for l in adapters.values() for p in (l.A, l.B) if p.grad is not None)
     assert live == spent(adapters) == search.history[0]["parameters"] <= budget
-    assert budget - live < 4 * 40 or live == size(adapters)  # 4 * 40: the dearest module; cheaper ones may still fit beside it
+    smallest = 4 * 40 if granularity == "module" else 40  # the dearest item; cheaper ones may still fit beside it
+    assert budget - live < smallest or live == size(adapters)
 
 
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+                                  lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1)])
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_ranks_that_are_off_are_moved_by_nothing(set_to_none):
+def test_ranks_that_are_off_are_moved_by_nothing(set_to_none, make):
     classifier, adapters = injected(trained=True)
-    optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    optimizer = make([p for p in classifier.parameters() if p.requires_grad])
 
     def steps(n):
         for i in range(n):
@@ -533,8 +585,9 @@ def test_merging_keeps_the_function_and_unmerging_is_exact():
     torch.testing.assert_close(classifier(*inputs), want, atol=1e-5, rtol=1e-5)
     with pytest.raises(RuntimeError, match="merged already"):
         linears[0].merge()
-    with pytest.raises(ValueError, match="is merged"):
-        set_ranks(adapters, {name: 4 for name in adapters})
+    for ranks in ({name: 4 for name in adapters}, {}):
+        with pytest.raises(ValueError, match="is merged"):
+            set_ranks(adapters, ranks)
     for linear in linears:
         linear.unmerge()
     assert all(torch.equal(t, weights[name]) for name, t in classifier.state_dict().items())
@@ -549,7 +602,7 @@ def test_a_model_of_your_own_can_be_injected():
             self.up, self.down, self.skip = nn.Linear(6, 9), nn.Linear(9, 6), nn.Identity()
 
         def forward(self, x):
-            return self.skip(x) + self.down(torch.relu(self.up(x)))
+            return self.skip(x) + torch.relu_(self.down(torch.relu_(self.up(x))))  # in place, as many models do
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block())
     model.config = encoders.EncoderConfig(hidden_size=6, num_attention_heads=1)
@@ -557,32 +610,286 @@ def test_a_model_of_your_own_can_be_injected():
     want = model(x)
     adapters = inject(model, ("down",), ("skip",), 2, 4)
     assert torch.equal(model(x), want) and list(adapters) == ["0.down", "0.skip", "1.down", "1.skip"]
-    scores = heterolora.PROXIES["grad-norm"](model, adapters, [x], lambda m, b: m(b).square().mean())
-    assert all(score > 0 for score in scores.values())
+    for ranks in ({n: 2 for n in adapters}, {}):
+        set_ranks(adapters, ranks)
+        for name in heterolora.PROXIES:
+            scores = heterolora.PROXIES[name](model, adapters, [x], lambda m, b: m(b).square().mean())
+            assert list(scores) == list(adapters), name
+            assert name not in ("grad-norm", "fisher", "host-grad") or all(score > 0 for score in scores.values()), name
 
 
 # ---------------------------------------------------------------------------------------------------- proxies
 
-def test_grad_norm_is_the_norm_of_the_mean_gradient():
-    classifier, adapters = injected(trained=True)
-    classifier.double()  # in float32 the smallest gradients are rounding noise
-    batches = [tiny_batch(seed=i) for i in range(3)]
-    scores = heterolora.PROXIES["grad-norm"](classifier, adapters, batches, loss_fn)
-    (sum(loss_fn(classifier, b) for b in batches) / 3).backward()
+def oracle(classifier, adapters, batches):
+    """dL/dA, dL/dB and dL/dW of the mean loss by autograd alone: all ranks on, dense matrices in the hosts' and connections' places"""
+    twin = copy.deepcopy(classifier)
+    dense, factors = {}, {}
     for name, lora in adapters.items():
-        assert scores[name] == pytest.approx((lora.A.grad.square().sum().sqrt() + lora.B.grad.square().sum().sqrt()).item(), rel=1e-4)
+        module = twin.encoder.get_submodule(name)
+        A, B = (p.detach().clone().requires_grad_() for p in (lora.A, lora.B))
+        base = module.host.weight.detach() if isinstance(module, LoRALinear) else torch.eye(16, dtype=A.dtype) * module.identity
+        on = (torch.arange(4) < lora.rank).to(A.dtype)
+        # what is off adds nothing, and still has a gradient
+        W = (base + lora.scale * (B * on) @ A + (1 - on).any() * lora.scale * (B * (1 - on) @ A - (B * (1 - on) @ A).detach())).requires_grad_()
+        W.retain_grad()
+        bias = module.host.bias if isinstance(module, LoRALinear) else None
+
+        class Dense(nn.Module):
+            def forward(self, x, W=W, bias=bias):
+                return F.linear(x, W, bias)
+        twin.encoder.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = Dense()
+        dense[name], factors[name] = W, (A, B)
+    (sum(loss_fn(twin, b) for b in batches) / len(batches)).backward()
+    return {name: (*(p.grad for p in factors[name]), dense[name].grad) for name in adapters}
 
 
-def test_grad_norm_at_init_is_scale_G_A_transposed():
-    classifier, adapters = injected()
+def singles(batch):
+    """A batch as batches of one"""
+    inputs, labels = batch
+    return [(tuple(t[i:i + 1] for t in inputs), labels[i:i + 1]) for i in range(len(labels))]
+
+
+FORMULAS = {  # of one module and the oracle's dA, dB, G; W is the host's weight or None
+    "grad-norm": lambda lora, dA, dB, G: dA.square().sum().sqrt() + dB.square().sum().sqrt(),
+    "snip": lambda lora, dA, dB, G: (lora.A * dA).abs().sum() + (lora.B * dB).abs().sum(),
+    "host-grad": lambda lora, dA, dB, G: (G * G).sum(),
+    "host-snip": lambda lora, dA, dB, G: (lora.host.weight * G).abs().sum() if lora.host is not None else 0.0,
+    "spectral": lambda lora, dA, dB, G: torch.linalg.svdvals(G)[:4] ** 2,
+}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradient_proxies_are_their_formulas_on_what_autograd_gives(name, trained):
+    classifier, adapters = injected(trained=trained)
+    classifier.double()  # in float32 the smallest gradients are rounding noise
+    set_ranks(adapters, {n: (4, 0, 2)[i % 3] for i, n in enumerate(adapters)})
+    batches = [tiny_batch(seed=i) for i in range(3)]
+    scores, truth = heterolora.PROXIES[name](classifier, adapters, batches, loss_fn), oracle(classifier, adapters, batches)
+    for n, lora in adapters.items():
+        want = torch.as_tensor(FORMULAS[name](lora, *truth[n]), dtype=torch.double).detach()
+        torch.testing.assert_close(torch.tensor(scores[n], dtype=torch.double), want, rtol=1e-6, atol=1e-12)
+
+
+def test_fisher_is_a_loop_over_single_examples():
+    classifier, adapters = injected(trained=True)
     classifier.double()
-    scores = heterolora.PROXIES["grad-norm"](classifier, adapters, [tiny_batch()], loss_fn)
-    for name in ("layers.0.q", "layers.2.fc2"):
-        host = classifier.encoder.get_submodule(name).host
-        host.weight.requires_grad_(True)
-        G, = torch.autograd.grad(loss_fn(classifier, tiny_batch()), host.weight)
-        lora = adapters[name]
-        assert scores[name] == pytest.approx((lora.scale * G @ lora.A.T).norm().item(), rel=1e-4)
+    set_ranks(adapters, {n: (4, 0, 2)[i % 3] for i, n in enumerate(adapters)})
+    batches = [tiny_batch(seed=i) for i in range(2)]
+    scores = heterolora.PROXIES["fisher"](classifier, adapters, batches, loss_fn)
+    each = [oracle(classifier, adapters, [one]) for batch in batches for one in singles(batch)]
+    for n in adapters:
+        assert scores[n] == pytest.approx(sum(truth[n][1].square().sum().item() for truth in each), rel=1e-6)
+
+
+def test_ablation_is_the_loss_without_the_module_less_the_loss_with_it():
+    classifier, adapters = injected(trained=True)
+    classifier.double()
+    start = {n: (4, 0, 2)[i % 3] for i, n in enumerate(adapters)}
+    set_ranks(adapters, start)
+    batches = [tiny_batch(seed=i) for i in range(2)]
+    scores = heterolora.PROXIES["ablation"](classifier, adapters, batches, loss_fn)
+
+    def loss(ranks):
+        """With explicit removal: a model of its own, and zeros for what is off"""
+        twin = copy.deepcopy(classifier)
+        for n, r in ranks.items():
+            lora = twin.encoder.get_submodule(n).lora
+            lora.rank = 4
+            lora.B.data[:, r:] = 0
+        return sum(loss_fn(twin, b).item() for b in batches) / 2
+    for n in adapters:
+        assert scores[n] == pytest.approx(loss({**start, n: 0}) - loss({**start, n: start[n] or 4}), abs=1e-9)
+    assert len({s > 0 for s in scores.values()}) == 2  # some do harm
+
+
+def test_path_is_the_share_of_every_module_in_the_fall_of_the_loss():
+    """Against finite differences: the slope in one module's scale, half way between all off and all on; the shares sum to the fall."""
+    classifier, adapters = injected(trained=True)
+    classifier.double()
+    for lora in adapters.values():
+        lora.B.data /= 3
+    batches = [tiny_batch(seed=i) for i in range(2)]
+    scores = heterolora.PROXIES["path"](classifier, adapters, batches, loss_fn)
+
+    def loss(share, **other):
+        twin = copy.deepcopy(classifier)
+        for n in adapters:
+            twin.encoder.get_submodule(n).lora.scale *= other.get(n, share)
+        return sum(loss_fn(twin, b).item() for b in batches) / 2
+    for n in adapters:
+        slope = (loss(0.5, **{n: 0.5 + 1e-4}) - loss(0.5, **{n: 0.5 - 1e-4})) / 2e-4
+        assert scores[n] == pytest.approx(-slope, rel=1e-4, abs=1e-7)
+    for lora in adapters.values():  # the midpoint rule is exact as the way gets short
+        lora.B.data /= 10
+    fall = loss(0) - loss(1)
+    assert sum(heterolora.PROXIES["path"](classifier, adapters, batches, loss_fn).values()) == pytest.approx(fall, rel=0.02)
+
+
+def test_synflow_is_the_flow_of_ones_through_absolute_values():
+    """All tokens are alike, so the linearised encoder is a product of matrices on one vector, written out here."""
+    classifier, adapters = injected(trained=True)
+    set_ranks(adapters, {n: (4, 0, 2)[i % 3] for i, n in enumerate(adapters)})
+    scores = heterolora.PROXIES["synflow"](classifier, adapters, [tiny_batch()], loss_fn)
+    w = {name: p.detach().abs().double() for name, p in classifier.named_parameters()}
+    factors = {n: tuple(p.detach().abs().double().requires_grad_() for p in (lora.A, lora.B)) for n, lora in adapters.items()}
+
+    def dW(n):
+        (A, B), on = factors[n], (torch.arange(4) < adapters[n].rank).double()
+        delta = adapters[n].scale * (B * on) @ A
+        off = adapters[n].scale * (B * (1 - on)) @ A
+        return delta, off
+
+    def through(n, x, W, bias=None):
+        delta, off = dW(n)
+        y = (W + delta) @ x + (0 if bias is None else bias)
+        return y + off @ x.detach() - (off @ x.detach()).detach()  # a ghost: gradient, no value
+    linear = lambda n, x: through(n, x, w[f"encoder.{n}.host.weight"], w[f"encoder.{n}.host.bias"])
+    affine = lambda n, x: x * w[f"encoder.{n}.weight"] + w[f"encoder.{n}.bias"]
+    eye, f_before = torch.eye(16, dtype=torch.double), None
+    x = affine("ln", 3 * torch.ones(16, dtype=torch.double))  # three embeddings
+    for i in range(3):
+        n = f"layers.{i}."
+        total = through(n + "residual_attn", x, eye) + linear(n + "o", linear(n + "v", x))
+        total = total + (through(n + "shortcut_ffn", f_before, 0 * eye) if i else 0)
+        f = affine(n + "ln1", total)
+        x = affine(n + "ln2", through(n + "residual_ffn", f, eye) + linear(n + "fc2", linear(n + "fc1", f)) + through(n + "shortcut_attn", x, 0 * eye))
+        f_before = f
+    R = (w["head.3.weight"] @ (w["head.0.weight"] @ x + w["head.0.bias"]) + w["head.3.bias"]).sum()
+    flat = [p for pair in factors.values() for p in pair]
+    products = [(p * g).sum().item() for p, g in zip(flat, torch.autograd.grad(R, flat, materialize_grads=True))]
+    for n, a, b in zip(adapters, products[::2], products[1::2]):
+        assert scores[n] == pytest.approx(a + b, rel=1e-9)
+        assert (scores[n] == 0) == (n[-1] in "qk")
+
+
+@pytest.mark.parametrize("name", [n for n in heterolora.PROXIES if n != "constant"])
+def test_at_B_zero_some_scores_are_exactly_zero_and_the_others_are_not(name):
+    """The trap: SNIP, SYNFLOW and ablation cannot tell modules apart before training."""
+    classifier, adapters = injected()
+    scores = heterolora.PROXIES[name](classifier, adapters, [tiny_batch()], loss_fn)
+    if name in ("snip", "synflow", "ablation", "path"):
+        assert set(scores.values()) == {0.0} and "At B = 0 exactly 0" in heterolora.PROXIES[name].__doc__
+    else:
+        assert all((s[0] if isinstance(s, list) else s) > 0 for n, s in scores.items() if name != "host-snip" or not adapters[n].shortcut)
+        assert "At B = 0 " in heterolora.PROXIES[name].__doc__
+
+
+def test_a_zero_score_locks_the_first_draw_in_for_ever():
+    """SNIP at every reallocation of a run: lots choose once, and the same modules stay; G moves on."""
+    sets = {}
+    for name in ("snip", "host-grad"):
+        classifier, adapters = injected(seed=2)
+        optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad], lr=0.05)
+        search = HeteroLoRA(classifier, adapters, size(adapters) // 4, loss_fn, name)
+        for step in range(8):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                search.reallocate([tiny_batch(seed=100 + step)], step)
+            assert [("all snip scores are 0.0" in str(w.message) and "B is 0" in str(w.message)) for w in caught] == [True] * (name == "snip" and step == 0)
+            for i in range(3):
+                loss_fn(classifier, tiny_batch(seed=i)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        sets[name] = [frozenset(n for n, r in h["ranks"].items() if r) for h in search.history]
+        assert search.history[-1]["jaccard_first"] == len(sets[name][-1] & sets[name][0]) / len(sets[name][-1] | sets[name][0])
+    assert len(set(sets["snip"])) == 1 and len(set(sets["host-grad"])) > 2
+
+
+def test_products_of_factor_and_gradient_are_the_first_order_term():
+    """sum A * dA = sum B * dB = <G, scale B A>"""
+    classifier, adapters = injected(trained=True)
+    classifier.double()
+    recording = heterolora.record(classifier, adapters, [tiny_batch(seed=i) for i in range(2)], loss_fn, ["dA", "dB", "G"])
+    for n, lora in adapters.items():
+        dA, dB, G = (recording.read(n, key) for key in ("dA", "dB", "G"))
+        want = (G * (lora.scale * lora.B @ lora.A)).sum().item()
+        assert (lora.A * dA).sum().item() == pytest.approx(want, abs=1e-12) == (lora.B * dB).sum().item()
+
+
+def test_spectral_is_the_most_that_orthonormal_ranks_can_catch():
+    classifier, adapters = injected()
+    recording = heterolora.record(classifier, adapters, [tiny_batch()], loss_fn, ["G"])
+    scores = heterolora.PROXIES["spectral"](classifier, adapters, recording, None)
+    for n in ("layers.0.v", "layers.2.fc1", "layers.1.fc2", "layers.1.shortcut_ffn"):
+        G = recording.read(n, "G").double()
+        rows = torch.linalg.svd(G).Vh
+        for k in range(1, 5):
+            assert (G @ rows[:k].T).square().sum().item() == pytest.approx(sum(scores[n][:k]), rel=1e-6)
+        draws = [torch.linalg.qr(torch.randn(G.shape[1], 4, dtype=torch.double, generator=torch.Generator().manual_seed(i))).Q for i in range(50)]
+        assert all((G @ Q).square().sum() <= sum(scores[n]) for Q in draws) and scores[n] == sorted(scores[n], reverse=True)
+
+
+def test_grad_norm_squared_has_the_expectation_that_its_docstring_says():
+    g = torch.Generator().manual_seed(0)
+    G, x = torch.randn(6, 10, generator=g), []
+    for seed in range(4000):
+        lora = LoRA(10, 6, 4, alpha=8, generator=torch.Generator().manual_seed(seed))
+        x.append((lora.scale * G @ lora.A.T).square().sum().item())
+    assert np.mean(x) == pytest.approx(2**2 * 4 / (3 * 10) * G.square().sum().item(), rel=0.03)
+
+
+READING = [name for name, p in heterolora.PROXIES.items() if p.reads]
+
+
+@pytest.mark.parametrize("name", READING)
+def test_inline_and_separate_probing_give_the_same_scores(name):
+    """Ordinary backward passes are read along the way: the same scores, the same loss, no gradient more or other than without."""
+    classifier, adapters = injected(trained=True)
+    set_ranks(adapters, {n: (4, 0, 2)[i % 3] for i, n in enumerate(adapters)})
+    batches, classifier = [tiny_batch(seed=i) for i in range(3)], classifier.train()
+    separate = heterolora.PROXIES[name](classifier, adapters, batches, loss_fn)
+    recording = heterolora.Recording(adapters, heterolora.PROXIES[name].reads)
+    for batch in batches:
+        plain = loss_fn(classifier, batch)
+        plain.backward()
+        gradients = [p.grad for p in classifier.parameters()]
+        classifier.zero_grad()
+        with recording:
+            loss = loss_fn(classifier, batch)
+            loss.backward()
+        assert torch.equal(plain, loss)
+        for p, g in zip(classifier.parameters(), gradients):  # equal but for the order in which autograd adds them up
+            assert p.grad is g is None or torch.allclose(p.grad, g, rtol=1e-4, atol=1e-8)
+        assert all(lora.A.grad is None and lora.B.grad is None for lora in adapters.values() if not lora.rank)
+        classifier.zero_grad()
+        loss_fn(classifier, tiny_batch(seed=99)).backward()  # outside of the recording: not seen
+        classifier.zero_grad()
+    inline = heterolora.PROXIES[name](classifier, adapters, recording, None)
+    assert inline == {n: pytest.approx(s, rel=1e-4, abs=1e-12) for n, s in separate.items()}
+
+
+def test_what_was_not_recorded_is_refused():
+    classifier, adapters = injected()
+    for name in set(heterolora.PROXIES) - set(READING):
+        with pytest.raises(ValueError, match="cannot be read off training batches"):
+            heterolora.PROXIES[name](classifier, adapters, heterolora.Recording(adapters, ["dA"]), None)
+    with pytest.raises(ValueError, match="G of layers.0.q was not recorded: 0 batches, readings dA"):
+        heterolora.PROXIES["spectral"](classifier, adapters, heterolora.Recording(adapters, ["dA"]), None)
+    with pytest.raises(ValueError, match="no reading 'H'; there are: dA, dB, G, fisher_B"):
+        heterolora.proxy("hessian", "H")
+
+
+def test_alpha_counts_in_every_score_or_in_none():
+    """So that LoRA and shortcuts can share a list. A product does not depend on how dW is split into scale and B anyway."""
+    gains = {}
+    for alpha, scale, name in itertools.product((2, 8), ("in", "out"), ("grad-norm", "fisher", "host-grad", "spectral")):
+        classifier, adapters = injected(shortcut_alpha=alpha)
+        classifier.double()
+        search = HeteroLoRA(classifier, adapters, 500, loss_fn, name, scale=scale)
+        scores = heterolora.PROXIES[name](classifier, adapters, [tiny_batch()], loss_fn)
+        gains[alpha, scale, name] = search.gains(scores)
+        if name == "grad-norm" and scale == "in":
+            assert search.gains(scores) == scores  # the paper's
+    for name, power in (("grad-norm", 1), ("fisher", 2), ("host-grad", 2), ("spectral", 2)):
+        for n, lora in adapters.items():
+            assert gains[2, "out", name][n] == pytest.approx(gains[8, "out", name][n])
+            assert gains[8, "in", name][n] == pytest.approx(gains[2, "in", name][n] * (4**power if lora.shortcut else 1))
+    classifier, adapters = injected(trained=True)
+    before = heterolora.PROXIES["snip"](classifier, adapters, [tiny_batch()], loss_fn)
+    for lora in adapters.values():
+        lora.scale, lora.B.data = lora.scale * 4, lora.B.data / 4
+    assert heterolora.PROXIES["snip"](classifier, adapters, [tiny_batch()], loss_fn) == pytest.approx(before, rel=1e-4)
 
 
 def test_modules_that_are_off_are_scored_without_being_felt():
@@ -617,14 +924,14 @@ def test_proxies_leave_the_model_as_it_was_and_say_what_they_are(name):
     state, rng = copy.deepcopy(classifier.state_dict()), torch.get_rng_state()
 
     def rest():
-        return ([p.requires_grad for p in classifier.parameters()], [m.training for m in classifier.modules()], [(l.rank, l.ghost) for l in adapters.values()])
+        return ([p.requires_grad for p in classifier.parameters()], [m.training for m in classifier.modules()], [(l.rank, l.ghost, l.tap) for l in adapters.values()])
     before, gradients = rest(), [None if p.grad is None else p.grad.clone() for p in classifier.parameters()]
     scores = heterolora.PROXIES[name](classifier, adapters, [tiny_batch(seed=i) for i in range(2)], loss_fn)
-    assert list(scores) == list(adapters) and all(math.isfinite(s) for s in scores.values())
+    assert list(scores) == list(adapters) and all(type(s) in (int, float) or len(s) == 4 for s in scores.values()) and json.dumps(scores)
     assert all(torch.equal(t, state[n]) for n, t in classifier.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
     assert before == rest()
     assert all(p.grad is g is None or torch.equal(p.grad, g) for p, g in zip(classifier.parameters(), gradients))
-    assert "paper" in heterolora.PROXIES[name].__doc__
+    assert "paper" in heterolora.PROXIES[name].__doc__ and "Cost: " in heterolora.PROXIES[name].__doc__
 
 
 # ---------------------------------------------------------------------------------------------------- allocators
@@ -667,13 +974,63 @@ def test_greedy_takes_the_best_first_and_stays_near_the_exact_knapsack(seed):
     assert value >= best * min(sum(c) for c in costs.values()) / dearest  # score order's bound: the cost ratio
 
 
+def best_value(scores, costs, budget):
+    """The exact knapsack by dynamic programming: the most that any {name: rank} within the budget is worth, by prefix sums of the ranks' scores"""
+    best = [0.0] * (budget + 1)
+    for name, gains in scores.items():
+        values = list(itertools.accumulate(gains, initial=0.0))
+        best = [max(best[b - k * costs[name][0]] + v for k, v in enumerate(values) if k * costs[name][0] <= b) for b in range(budget + 1)]
+    return best[budget]
+
+
+@pytest.mark.parametrize("decreasing", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_ranks_one_by_one_are_within_one_item_of_the_exact_knapsack(seed, decreasing):
+    rng = random.Random(seed)
+    costs = {f"m{i}": [rng.choice((3, 5, 8))] * 5 for i in range(8)}
+    raw = {n: sorted((rng.random() for _ in c), reverse=True) if decreasing else [rng.random() for _ in c] for n, c in costs.items()}
+    budget = rng.randint(10, 150)
+    densities = {n: [g / c for g, c in zip(raw[n], costs[n])] for n in costs}
+    ranks = heterolora.greedy(densities, costs, budget, torch.Generator().manual_seed(0))
+    assert price(ranks, costs) <= budget
+    value, best = sum(sum(raw[n][:r]) for n, r in ranks.items()), best_value(raw, costs, budget)
+    # the greedy bound: it loses at most the one item (for scores that do not fall, the block of ranks) that did not fit
+    assert value >= best - (max(map(max, raw.values())) if decreasing else max(map(sum, raw.values()))) and value <= best + 1e-9
+    if decreasing:  # the rule, written out
+        left, want = budget, dict.fromkeys(costs, 0)
+        for density, n, k in sorted(((d, n, k) for n in costs for k, d in enumerate(densities[n])), reverse=True):
+            if costs[n][k] <= left:
+                want[n], left = want[n] + 1, left - costs[n][k]
+        assert ranks == want
+
+
+def test_a_good_rank_behind_a_bad_one_shares_its_gain():
+    costs = {"a": [1, 1], "b": [1, 1]}
+    assert heterolora.greedy({"a": [0.0, 10.0], "b": [4.0, 1.0]}, costs, 2, torch.Generator()) == {"a": 2, "b": 0}
+    assert heterolora.greedy({"a": [0.0, 10.0], "b": [6.0, 1.0]}, costs, 2, torch.Generator()) == {"a": 1, "b": 1}
+    assert heterolora.greedy({"a": [3.0, 3.0], "b": 5.0}, costs, 3, torch.Generator()) == {"a": 1, "b": 2}  # a whole module beside single ranks
+
+
+def test_granularity_and_order_make_the_gains():
+    classifier, adapters = injected(targets=("q", "fc1"), shortcuts=())
+    scores = {n: [8.0, 4.0, 2.0, 1.0] if n.endswith("q") else 20.0 for n in adapters}
+    gains = lambda **kind: [HeteroLoRA(classifier, adapters, 500, loss_fn, scale="in", **kind).gains(scores)[f"layers.1.{t}"] for t in ("q", "fc1")]
+    assert gains() == [15.0, 20.0] and gains(granularity="rank") == [[8.0, 4.0, 2.0, 1.0], [5.0] * 4]
+    assert gains(order="density") == [15 / 128, 20 / 160] and gains(order="density", granularity="rank") == [[8 / 32, 4 / 32, 2 / 32, 1 / 32], [5 / 40] * 4]
+
+
 def test_ties_are_drawn_at_random_and_large_tables_are_quick():
     scores, costs = dict.fromkeys("abcdefgh", 1.0), dict.fromkeys("abcdefgh", [5, 5])
     draws = [heterolora.greedy(scores, costs, 40, torch.Generator().manual_seed(s)) for s in range(200)]
     assert all(sum(d.values()) == 8 for d in draws) and len({tuple(d.items()) for d in draws}) > 30
     assert all(60 < sum(d[n] > 0 for d in draws) < 140 for n in scores)
-    many = {str(i): float(i) for i in range(10**5)}
-    assert sum(heterolora.greedy(many, dict.fromkeys(many, [1]), 777, torch.Generator()).values()) == 777
+    ranks = heterolora.greedy(dict.fromkeys(scores, [1.0] * 2), costs, 40, torch.Generator().manual_seed(0))
+    assert sum(ranks.values()) == 8 and 1 in ranks.values()  # rank by rank a tie is drawn rank by rank
+    many = {str(i): [float(i + k) for k in range(10)] for i in range(10**4)}
+    start = time.process_time()
+    assert sum(heterolora.greedy({str(i): float(i) for i in range(10**5)}, {str(i): [1] for i in range(10**5)}, 777, torch.Generator()).values()) == 777
+    assert sum(heterolora.greedy(many, dict.fromkeys(many, [1] * 10), 777, torch.Generator()).values()) == 777
+    assert time.process_time() - start < 2  # two tables of 10^5 items
 
 
 def test_uniform_is_the_largest_rank_that_fits():
@@ -684,13 +1041,13 @@ def test_uniform_is_the_largest_rank_that_fits():
 
 @pytest.mark.parametrize("text,want", [("25%", 250), ("0.25", 250), ("100%", 1000), ("1", 1000), ("1.0", 1000), ("0", 0), ("2", 2), ("1,000", 1000), ("640", 640), (0.3, 300), ("12.5%", 125)])
 def test_budgets_are_shares_or_parameters(text, want):
-    assert heterolora.parse_budget(text, 1000) == want
+    assert train.parse_budget(text, 1000) == want
 
 
 @pytest.mark.parametrize("text", ["-1", "101%", "1001", "1.5", "nan", "inf", "lots", "", "%", "-5%"])
 def test_budgets_out_of_range_are_refused_with_the_largest_sensible_value(text):
     with pytest.raises(ValueError, match="1,000"):
-        heterolora.parse_budget(text, 1000)
+        train.parse_budget(text, 1000)
 
 
 # ---------------------------------------------------------------------------------------------------- the search
@@ -699,12 +1056,12 @@ def test_separated_pools_get_their_share_each():
     classifier, adapters = injected()
     budget = size(adapters) // 4
     search = HeteroLoRA(classifier, adapters, budget, loss_fn, pool="separated")
-    ranks = search.allocate({name: float(not lora.shortcut) for name, lora in adapters.items()})
+    ranks = search.allocate({name: float(not lora.shortcut) + i / 1000 for i, (name, lora) in enumerate(adapters.items())})
     for kind in (False, True):
         pool = {n: l for n, l in adapters.items() if l.shortcut == kind}
         assert 0 < spent(pool, ranks) <= budget * size(pool) // size(adapters)
     search.pool = "combined"
-    assert not any(rank for n, rank in search.allocate({n: float(not l.shortcut) for n, l in adapters.items()}).items() if adapters[n].shortcut)
+    assert not any(rank for n, rank in search.allocate({n: float(not l.shortcut) + i / 1000 for i, (n, l) in enumerate(adapters.items())}).items() if adapters[n].shortcut)
 
 
 def test_history_tells_what_came_and_went_and_what_was_ever_on():
@@ -736,9 +1093,16 @@ def test_scores_that_all_tie_are_pointed_out_and_scores_that_are_not_finite_refu
             HeteroLoRA(classifier, adapters, 500, loss_fn, "test-nan").reallocate([])
         with pytest.raises(ValueError, match="already"):
             heterolora.proxy("test-zero")(zero)
+
+        @heterolora.proxy("test-short")
+        def short(model, adapters, batches, loss_fn):
+            return dict.fromkeys(adapters, [1.0, 2.0])
+        with pytest.raises(ValueError, match="test-short gives 2 scores for layers.0.q: one is wanted, or 4"):
+            HeteroLoRA(classifier, adapters, 500, loss_fn, "test-short").reallocate([])
     finally:
-        del heterolora.PROXIES["test-zero"], heterolora.PROXIES["test-nan"]
-    for wrong in (dict(proxy="best"), dict(allocator="best"), dict(pool="both"), dict(budget=10**9)):
+        for name in [n for n in heterolora.PROXIES if n.startswith("test-")]:
+            del heterolora.PROXIES[name]
+    for wrong in (dict(proxy="best"), dict(allocator="best"), dict(pool="both"), dict(budget=10**9), dict(budget=0.25), dict(granularity="layer"), dict(order="cost"), dict(scale="half")):
         with pytest.raises(ValueError, match="there are|it must be"):
             HeteroLoRA(classifier, adapters, **{"budget": 100, "loss_fn": loss_fn, **wrong})
 
@@ -746,7 +1110,7 @@ def test_scores_that_all_tie_are_pointed_out_and_scores_that_are_not_finite_refu
 def test_the_grid_shows_every_rank_and_adds_up():
     _, adapters = injected(targets=("q", "v"))
     set_ranks(adapters, {"layers.1.q": 4, "layers.2.shortcut_ffn": 3})
-    lines = heterolora.grid(adapters).splitlines()
+    lines = train.grid(adapters).splitlines()
     assert lines[0].split() == ["q", "v", *heterolora.SHORTCUTS[:2], "shortcut_attn", "shortcut_ffn", "parameters"]
     assert [line.split() for line in lines[1:]] == [["layers.0", *"....", ".", "0"], ["layers.1", "4", *".....", "128"], ["layers.2", *".....", "3", "96"],
                                                      ["parameters", "128", "0", "0", "0", "0", "96", "224"]]
@@ -785,7 +1149,8 @@ def test_every_method_runs_and_reports_what_it_trained(small_encoder, tmp_path, 
     if method in ("dynamic", "static", "lora"):
         assert result["params_search_space"] == space and 0 < result["params_active"] <= result["params_budget"] == space // 4
         assert result["params_active"] == 32 * sum(result["ranks"].values()) <= result["params_ever_trained"]
-    assert sum(r["kind"] == "alloc" for r in log) == {"dynamic": 3, "static": 1}.get(method, 0)
+    history = [json.loads(line) for line in open(tmp_path / "run" / "history.jsonl")] if method in ("dynamic", "static") else []
+    assert len(history) == {"dynamic": 4, "static": 2}.get(method, 0) and (not history or history[-1]["ranks"] == result["ranks"])
     assert [r["step"] for r in log if r["kind"] == "step"] == list(range(1, 9)) and sum(r["kind"] == "eval" for r in log) == 1
     state = torch.load(tmp_path / "run" / "adapters.pt", weights_only=True)
     assert sum(t.numel() for a in state["adapters"].values() for t in (a["A"], a["B"])) == (result["params_stored"] if method in ("dynamic", "static", "lora") else 0)
@@ -811,10 +1176,70 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(small_enco
 def test_probing_and_logging_do_not_touch_the_training(small_encoder, tmp_path):
     """With an allocation that ignores the scores, everything else about the search may change, the losses may not."""
     losses = []
-    for i, flags in enumerate((["--probe-batches", "1"], ["--probe-batches", "5", "--head-warmup", "0"], ["--realloc-every", "0.1"], ["--proxy", "constant"])):
+    for i, flags in enumerate((["--probe-batches", "1"], ["--probe-batches", "5", "--head-warmup", "0"], ["--realloc-every", "0.1"], ["--proxy", "constant"], ["--probe", "separate"],
+                               ["--proxy", "spectral", "--granularity", "rank"], ["--warmup-steps", "3", "--proxy", "ablation"])):
         _, log = run(small_encoder, "--allocator", "uniform", "--budget", "50%", *flags, out=tmp_path / str(i))
         losses.append([r["loss"] for r in log if r["kind"] == "step"])
     assert all(line == losses[0] for line in losses)
+
+
+def test_inline_probing_reads_the_last_steps_before_a_reallocation_and_no_others(small_encoder, monkeypatch):
+    """12 steps an epoch, reallocation every 3 of them, 2 probe batches, 8 steps: the scores of the reallocation after step 9 are not wanted."""
+    recorded, read = [], []
+    optimise, reallocate = train.optimise, HeteroLoRA.reallocate
+
+    def watched(args, model, *rest):
+        recorded.append(any(m.tap is not None for m in model.modules() if isinstance(m, LoRA)))
+        return optimise(args, model, *rest)
+    monkeypatch.setattr(train, "optimise", watched)
+    monkeypatch.setattr(HeteroLoRA, "reallocate", lambda self, batches, step=0: read.append((step, getattr(batches, "batches", "separate"))) or reallocate(self, batches, step))
+    run(small_encoder, "--realloc-every", "0.25", "--proxy", "fisher")
+    assert [step for step, on in enumerate(recorded, 1) if on] == [2, 3, 5, 6] and read == [(0, "separate"), (3, 2), (6, 2)]
+    recorded.clear(), read.clear()
+    run(small_encoder, "--realloc-every", "0.25", "--proxy", "fisher", "--probe", "separate")
+    assert not any(recorded) and read == [(0, "separate"), (3, "separate"), (6, "separate")]
+
+
+def test_a_joint_warm_up_is_seen_by_the_scores_and_by_nothing_else(small_encoder, tmp_path):
+    """With snip, which is 0 for an untrained module: what has trained has a score; then A, B, head, optimizer and generators are as without."""
+    runs = [run(small_encoder, "--proxy", proxy, "--allocator", "uniform", "--method", "static", "--budget", "30%", "--warmup-steps", steps, "--warmup-rank", "2", out=tmp_path / steps)
+            for proxy, steps in (("constant", "0"), ("snip", "4"))]
+    (cold, first), (warm, second) = runs
+    assert comparable(first) == comparable(second)
+    states = [torch.load(tmp_path / steps / "adapters.pt", weights_only=True) for steps in "04"]
+    assert all(torch.equal(a["A"], b["A"]) and torch.equal(a["B"], b["B"]) for a, b in zip(*(s["adapters"].values() for s in states)))
+    _, entry = map(json.loads, open(tmp_path / "4" / "history.jsonl"))
+    assert all(score > 0 for name, score in entry["scores"].items())
+    prices = 32 * len(entry["scores"])
+    assert warm["params_ever_trained"] == 2 * prices > warm["params_active"] == cold["params_ever_trained"]
+
+
+def test_a_run_can_be_looked_at_afterwards(small_encoder, tmp_path, capsys):
+    result, _ = run(small_encoder, "--proxy", "constant", "--realloc-every", "0.125", "--budget", "30%", "--granularity", "rank", out=tmp_path / "run")
+    capsys.readouterr()
+    assert train.main(["--show", str(tmp_path / "run"), "--svg", str(tmp_path / "run.svg")]) == 0
+    text = capsys.readouterr().out
+    history = [json.loads(line) for line in open(tmp_path / "run" / "history.jsonl")][1:]
+    assert len(history) > 3 and f"of {len(history)} allocations" in text
+    grids = text.split("\n\n")
+    assert sum(int(cell) for line in grids[0].splitlines()[2:-1] for cell in line.split()[1:-1] if cell != ".") == sum(result["ranks"].values())
+    share = sum(h["ranks"]["layers.1.v"] > 0 for h in history) / len(history)
+    assert f"{share:.0%}" in [line for line in grids[1].splitlines() if line.startswith("layers.1")][0]
+    for line, h in zip(grids[2].splitlines()[2:], history):
+        cells = line.split()
+        assert cells[:5] == [str(h["step"]), str(sum(r > 0 for r in h["ranks"].values())), f"{h['parameters']:,}", str(len(h["on"])), str(len(h["off"]))]
+        assert sum(int(cell[:-1]) for cell in cells if cell.endswith("%")) in range(97, 104)
+    depth = sum(int(n.split(".")[1]) * r for n, r in history[-1]["ranks"].items()) / sum(history[-1]["ranks"].values())
+    assert f" {depth:.2f} " in grids[2].splitlines()[-1]
+    svg = xml.etree.ElementTree.parse(tmp_path / "run.svg").getroot()
+    titles = [t.text for t in svg.iter("{http://www.w3.org/2000/svg}title")]
+    drawn = {}  # a box may stand for several allocations
+    for name, first, last, rank in re.findall(r"^(\S+), steps (\d+) to (\d+): rank (\d+)$", "\n".join(titles), re.M):
+        drawn |= {(name, h["step"]): int(rank) for h in history if int(first) <= h["step"] <= int(last)}
+    assert drawn == {(n, h["step"]): r for h in history for n, r in h["ranks"].items()}
+    assert all(0 <= float(r.get(k)) <= 1000 for r in svg.iter("{http://www.w3.org/2000/svg}rect") for k in ("x", "y", "width", "height"))
+    run(small_encoder, "--method", "lora", out=tmp_path / "lora")
+    assert train.main(["--show", str(tmp_path / "lora")]) == 2 and "not the history of a search" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags,message", [
@@ -823,6 +1248,8 @@ def test_probing_and_logging_do_not_touch_the_training(small_encoder, tmp_path):
     (["--shortcuts", "residual"], "called 'residual'"), (["--targets", "none", "--shortcuts", "none"], "search space is empty"),
     (["--rank", "17"], "rank 17"), (["--rank", "0"], "at least 1"), (["--train-limit", "0"], "at least 1"), (["--lr", "-1"], "over 0"), (["--epochs", "inf"], "out of range"),
     (["--epochs", "many"], "invalid number"), (["--device", "abacus"], "--device abacus"), (["--out", "/proc/nowhere/run"], "/proc/nowhere"), (["--model", "/nowhere"], "no such folder"),
+    (["--probe", "inline", "--proxy", "ablation"], "ablation needs passes of its own; use --probe separate, or one of grad-norm"), (["--warmup-rank", "9"], "from 1 to --rank, 8"),
+    (["--svg", "x.svg"], "--svg needs --show"), (["--show", "/nowhere"], "history.jsonl is not the history of a search"),
     (["--max-length", "70000", "--model", HERE], "config.json"), (["--proxy", "best"], "constant"), (["--colour", "red"], "--colour")])
 def test_bad_input_is_one_clear_line_and_status_2(small_encoder, capsys, flags, message):
     try:
@@ -850,24 +1277,24 @@ def test_a_loss_that_explodes_ends_the_run_with_step_and_advice(small_encoder, t
 
 def test_pre_training_is_cached_repeatable_and_leaves_no_half_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HETEROLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "BUILT_IN_PRETRAINING", dict(steps=3, batch_size=8))
-    monkeypatch.setattr(train, "BUILT_IN_CORPUS", 200)
+    monkeypatch.setattr(encoders, "BUILT_IN_PRETRAINING", dict(steps=3, batch_size=8))
+    monkeypatch.setattr(encoders, "BUILT_IN_CORPUS", 200)
 
     def interrupt(line):
         if "3/3" in line:
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        train.built_in_encoder(interrupt)
+        encoders.built_in_encoder(interrupt)
     assert not os.path.exists(tmp_path / "cache") or not os.listdir(tmp_path / "cache")
     lines = []
-    first, _ = train.built_in_encoder(lines.append)
+    first, _ = encoders.built_in_encoder(lines.append)
     assert any("pretrain     3/3 | masked-word loss" in line for line in lines)
     rng, lines = torch.get_rng_state(), []
-    second, tokenizer = train.built_in_encoder(lines.append)
+    second, tokenizer = encoders.built_in_encoder(lines.append)
     assert not lines and torch.equal(rng, torch.get_rng_state()) and tokenizer.vocab == data.built_in_tokenizer().vocab
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
-    monkeypatch.setattr(train, "BUILT_IN_PRETRAINING", dict(steps=2, batch_size=8))
-    train.built_in_encoder(lines.append)
+    monkeypatch.setattr(encoders, "BUILT_IN_PRETRAINING", dict(steps=2, batch_size=8))
+    encoders.built_in_encoder(lines.append)
     assert len(os.listdir(tmp_path / "cache")) == 2
 
 
@@ -892,7 +1319,7 @@ def test_the_readme_names_every_flag():
 def test_the_readmes_own_proxy_and_allocator_work_as_shown(small_encoder, tmp_path):
     """Each ```python block of the README is a complete program; it is run with a small encoder and a few steps."""
     blocks = re.findall(r"```python\n(.*?)```", readme(), re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for i, block in enumerate(blocks):
         (tmp_path / f"mine{i}.py").write_text(block)
         flags = re.search(rf"^python mine.py (.*)$", readme().split(block)[1], re.M)[1].split()
