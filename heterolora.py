@@ -406,7 +406,7 @@ def snip(lora, dA, dB):
     """sum |A * dL/dA| + sum |B * dL/dB|. The paper's SNIP (Lee et al. 2019, arXiv 1810.02340; official importance_testing/snip.py).
 
     At B = 0 exactly 0 for every module: dL/dA = scale B^T G = 0, and B is. Then only modules that lots put on leave B = 0,
-    and they win for ever. Use it after a joint warm-up. Cost: one forward and backward pass a batch.
+    and they win for ever. Use it after a joint warm-up, once (static). Cost: one forward and backward pass a batch.
     """
     return (lora.A * dA).abs().sum() + (lora.B * dB).abs().sum()
 

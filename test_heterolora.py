@@ -1238,6 +1238,7 @@ def test_a_run_can_be_looked_at_afterwards(small_encoder, tmp_path, capsys):
         drawn |= {(name, h["step"]): int(rank) for h in history if int(first) <= h["step"] <= int(last)}
     assert drawn == {(n, h["step"]): r for h in history for n, r in h["ranks"].items()}
     assert all(0 <= float(r.get(k)) <= 1000 for r in svg.iter("{http://www.w3.org/2000/svg}rect") for k in ("x", "y", "width", "height"))
+    assert train.main(["--show", str(tmp_path / "run"), "--svg", str(tmp_path / "no" / "run.svg")]) == 2 and "run.svg cannot be written" in capsys.readouterr().err
     run(small_encoder, "--method", "lora", out=tmp_path / "lora")
     assert train.main(["--show", str(tmp_path / "lora")]) == 2 and "not the history of a search" in capsys.readouterr().err
 

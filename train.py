@@ -125,12 +125,15 @@ def write(path, save):
     os.replace(path + ".unfinished", path)
 
 
-def write_json(path, value):
-    """A JSON file, whole or not at all"""
+def write_text(path, text):
+    """A text file, whole or not at all. Raises UsageError."""
     def save(temporary):
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-    write(path, save)
+            file.write(text)
+    try:
+        write(path, save)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
 class Log:
@@ -307,7 +310,7 @@ def begin(args):
     log(f"command {args.command}")
     log("config  " + " ".join(f"{key}={','.join(v) if isinstance(v, list) else v}" for key, v in config.items() if v is not None))
     if args.out:
-        write_json(os.path.join(args.out, "config.json"), {"command": args.command, **config, "torch": torch.__version__})
+        write_text(os.path.join(args.out, "config.json"), json.dumps({"command": args.command, **config, "torch": torch.__version__}, indent=1))
     return log, *prepared
 
 
@@ -461,7 +464,7 @@ def train(args):
         f"peak memory {result['peak_memory_mb'] or 0:.0f} MB")
     if args.out:
         write(os.path.join(args.out, "adapters.pt"), lambda path: torch.save(trained_state(model, adapters), path))
-        write_json(os.path.join(args.out, "result.json"), result)
+        write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1))
     return result
 
 
@@ -631,8 +634,7 @@ def main(argv=None):
         if args.show:
             print(show(args.show))
             if args.svg:
-                picture = draw(args.show)
-                write(args.svg, lambda path: open(path, "w", encoding="utf-8").write(picture))
+                write_text(args.svg, draw(args.show))
         else:
             train(args)
     except UsageError as error:
