@@ -1,4 +1,4 @@
-"""Text in, batches out: BERT's and RoBERTa's tokenizers, GLUE as it lies on disk, and a small built-in language.
+"""Text in, batches out: BERT's and RoBERTa's tokenizers, GLUE as it lies on disk or on the net, and a small built-in language.
 
 `load_tokenizer(folder)` gives the ids that Hugging Face's fast tokenizers give; `load_task(name, data_dir)` gives a
 Task of (text, pair or None, label) examples; `batches` puts examples of similar length together.
@@ -12,13 +12,17 @@ import os
 import random
 import re
 import unicodedata
+import zipfile
+import zlib
 from typing import Callable
 
 import numpy as np
 import torch
 
+import files
 
-class DataError(ValueError):
+
+class DataError(files.InputError):
     """Data that cannot be used; the message names the file, and the line where there is one."""
 
 
@@ -31,6 +35,9 @@ class Tokenizer:
         missing = [t for t in (cls, sep, pad, unk, mask) if t not in vocab]
         if missing:
             raise DataError(f"the vocabulary has no {' '.join(missing)}")
+        wrong = [token for token, i in vocab.items() if type(i) is not int or not 0 <= i < 2**31]
+        if wrong or len(set(vocab.values())) < len(vocab):
+            raise DataError(f"the id of {wrong[0]!r} is {vocab[wrong[0]]!r}, no number from 0 on" if wrong else "the vocabulary gives two tokens the same id")
         self.vocab, self.unk_id, self.mask_id, self.pad_id = vocab, vocab[unk], vocab[mask], vocab[pad]
         self.cls_id, self.sep_id = vocab[cls], vocab[sep]
         self.specials = {t: vocab[t] for t in (cls, sep, pad, unk, mask)}
@@ -186,10 +193,12 @@ def load_tokenizer(folder):
     folder = os.fspath(folder)
     path = functools.partial(os.path.join, folder)
     try:
-        options = json.loads(_read(path("tokenizer_config.json"))) if os.path.isfile(path("tokenizer_config.json")) else {}
+        options = files.read_json(path("tokenizer_config.json")) if os.path.isfile(path("tokenizer_config.json")) else {}
         if os.path.isfile(path("vocab.txt")):
-            lines = _read(path("vocab.txt")).split("\n")
-            vocab = {line.rstrip("\r"): i for i, line in enumerate(lines[:-1] if lines[-1] == "" else lines)}
+            lines, vocab = [line.rstrip("\r") for line in _read(path("vocab.txt")).split("\n")], {}
+            for i, token in enumerate(lines[:-1] if lines[-1] == "" else lines):
+                if vocab.setdefault(token, i) != i:
+                    raise DataError(f"{path('vocab.txt')}, line {i + 1}: {token!r} is in line {vocab[token] + 1} already")
             return WordPiece(vocab, options.get("do_lower_case", True), options.get("strip_accents"), options.get("tokenize_chinese_chars", True))
         if os.path.isfile(path("vocab.json")) and os.path.isfile(path("merges.txt")):
             lines = _read(path("merges.txt")).split("\n")
@@ -197,10 +206,8 @@ def load_tokenizer(folder):
             wrong = next((merge for merge in merges if len(merge) != 2), None)
             if wrong:
                 raise DataError(f"{path('merges.txt')}: {' '.join(wrong)!r} is not a pair")
-            return BPE(json.loads(_read(path("vocab.json"))), merges, options.get("add_prefix_space", False))
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise DataError(f"{folder}: a tokenizer file is not what it should be: {error}") from None
-    except DataError as error:
+            return BPE(files.read_json(path("vocab.json")), merges, options.get("add_prefix_space", False))
+    except files.InputError as error:
         raise DataError(f"{folder}: {error}" if folder not in str(error) else str(error)) from None
     raise DataError(f"{folder}: no tokenizer here: neither vocab.txt nor vocab.json with merges.txt")
 
@@ -232,6 +239,7 @@ class Task:
     dev: list
     num_labels: int
     metric: Callable
+    labels: tuple = ("0", "1")  # what the classes are called
 
 
 # folder, columns of text, column of the label (by name, or by number where the file has no header), labels, metric
@@ -259,6 +267,8 @@ def read_glue(path, texts, label, labels):
     width, examples = max(*texts, label) + 1 if header is None else len(header), []
     for number, line in enumerate(lines, 1 if header is None else 2):
         fields = line.split("\t")
+        if "\0" in line:
+            raise DataError(f"{path}, line {number}: a NUL byte, which no text has: is the file damaged, or UTF-16?")
         if len(fields) != width:
             raise DataError(f"{path}, line {number}: {len(fields)} columns instead of {width}")
         if fields[label] not in labels:
@@ -269,17 +279,70 @@ def read_glue(path, texts, label, labels):
     return examples
 
 
+ZIPS = {"cola": "CoLA", "sst2": "SST-2", "rte": "RTE", "qnli": "QNLIv2", "qqp": "QQP-clean", "mnli": "MNLI"}
+MRPC = {"senteval/senteval_data/msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+        "glue/data/mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"}  # file: SHA-256
+LARGEST = 2**29  # bytes of a GLUE file, unpacked; MNLI's have 80 MB
+
+
+def splits(name, data_dir):
+    """-> paths of the train and the dev file of a GLUE task"""
+    return [os.path.join(data_dir, GLUE[name][0], f"{split}.tsv") for split in ("train", "dev_matched" if name == "mnli" else "dev")]
+
+
+def unpack(archive, member):
+    """A member of a zip file -> bytes; nothing is extracted by the names in it. Raises DataError."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            size = file.getinfo(member).file_size  # zipfile gives no more bytes than are announced here
+            if size > LARGEST:
+                raise DataError(f"{archive}: {member} has {size} bytes: no GLUE file is that large")
+            return file.read(member)
+    except (OSError, KeyError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: encrypted
+        raise DataError(f"{archive}: {member} cannot be read from it: {error}") from None
+
+
+def split_mrpc(text, dev_ids):
+    """The two files of the Microsoft Research Paraphrase Corpus, bytes -> GLUE's train.tsv and dev.tsv, bytes: the pairs that dev_ids does not
+    name, and those that it does. Raises DataError."""
+    try:
+        (header, *rows), ids = ([line for line in raw.decode("utf-8-sig").replace("\r\n", "\n").split("\n") if line] for raw in (text, dev_ids))
+        named = {tuple(line.split("\t")) for line in ids}
+        parts = {where: [row for row in rows if (tuple(row.split("\t")[1:3]) in named) == where] for where in (False, True)}
+    except ValueError as error:
+        raise DataError(f"MRPC as downloaded cannot be read: {error}") from None
+    return ["\n".join([header, *parts[where], ""]).encode() for where in (False, True)]
+
+
+def download_glue(name):
+    """A GLUE task from dl.fbaipublicfiles.com, or $GLUE_ENDPOINT, into the cache, once -> data_dir for splits. Raises InputError."""
+    data_dir, endpoint = files.cache_path("glue"), (os.environ.get("GLUE_ENDPOINT") or "https://dl.fbaipublicfiles.com").rstrip("/")
+    paths, sources = splits(name, data_dir), MRPC if name == "mrpc" else {f"glue/data/{ZIPS[name]}.zip": None}
+    with files.lock(files.cache_path("lock")):
+        if not all(map(os.path.isfile, paths)):
+            try:
+                raw = [files.fetch(f"{endpoint}/{source}", os.path.join(os.path.dirname(paths[0]), os.path.basename(source)), sha256) for source, sha256 in sources.items()]
+            except files.DownloadError as error:
+                raise DataError(f"{error}; --data-dir takes GLUE files that are here already") from None
+            try:
+                contents = [unpack(raw[0], f"{GLUE[name][0]}/{os.path.basename(path)}") for path in paths] if name != "mrpc" else split_mrpc(*(open(p, "rb").read() for p in raw))
+                for path, content in zip(paths, contents):
+                    files.write(path, content)
+            finally:  # a bad file must not be in the way of the next attempt
+                for path in raw:
+                    os.remove(path)
+    return data_dir
+
+
 def load_task(name, data_dir=None):
-    """A built-in task, or a GLUE task from data_dir (MRPC/train.tsv and so on below it) -> Task. Raises DataError."""
+    """A built-in task, or a GLUE task from data_dir (MRPC/train.tsv and so on below it; None: downloaded) -> Task. Raises InputError."""
     if name in BUILT_IN:
         return built_in_task(name)
     if name not in GLUE:
         raise DataError(f"no task {name!r}; there are: {', '.join((*BUILT_IN, *GLUE))}")
-    if data_dir is None:
-        raise DataError(f"task {name} needs its files: give --data-dir, the folder that holds {GLUE[name][0]}/train.tsv")
     folder, *columns, metric = GLUE[name]
-    train, dev = (os.path.join(data_dir, folder, f"{split}.tsv") for split in ("train", "dev_matched" if name == "mnli" else "dev"))
-    return Task(read_glue(train, *columns), read_glue(dev, *columns), len(columns[-1]), metric)
+    train, dev = splits(name, download_glue(name) if data_dir is None else data_dir)
+    return Task(read_glue(train, *columns), read_glue(dev, *columns), len(columns[-1]), metric, columns[-1])
 
 
 def pad(sequences, pad_id):
@@ -301,6 +364,34 @@ def batches(lengths, batch_size, generator=None):
     order = [i for start in range(0, n, group) for i in sorted(order[start:start + group], key=lambda i: lengths[i])]
     chunks = [order[start:start + batch_size] for start in range(0, n, batch_size)]
     return [chunks[i] for i in torch.randperm(len(chunks), generator=generator)] if generator else chunks
+
+
+class Batches:
+    """The examples of a split as tensors on the device"""
+
+    def __init__(self, split, tokenizer, max_length, device):
+        self.encoded = [tokenizer.encode(text, pair, max_length) for text, pair, _ in split]
+        self.labels, self.lengths = [label for *_, label in split], [len(ids) for ids, _ in self.encoded]
+        self.pad_id, self.device = tokenizer.pad_id, device
+
+    def __getitem__(self, indices):
+        """list of int -> (input_ids, attention_mask, token_type_ids), each (B, T), and labels (B,)"""
+        inputs = pad([self.encoded[i] for i in indices], self.pad_id)
+        return tuple(t.to(self.device) for t in inputs), torch.tensor([self.labels[i] for i in indices], device=self.device)
+
+    def parts(self, indices, accumulate=1, rank=0, world=1):
+        """What process `rank` of `world` does of a batch, in `accumulate` parts -> [(share of the batch's examples, batch), ...]"""
+        parts = [indices[i::world * accumulate] for i in range(rank, world * accumulate, world)]
+        return [(len(part) / len(indices), self[part]) for part in parts if part] or [(0.0, self[indices[:1]])]
+
+    def sample(self, count, batch_size, generator):
+        """`count` random batches, lists of indices"""
+        drawn = torch.randint(len(self.labels), (count * batch_size,), generator=generator).tolist()
+        return [[drawn[i] for i in chunk] for chunk in batches([self.lengths[i] for i in drawn], batch_size, generator)]
+
+    def checksum(self):
+        """int, to see whether a resumed run has the data that it began with"""
+        return zlib.crc32(repr((self.labels, self.lengths)).encode())
 
 
 # ------------------------------------------------------------------------------------------------ the built-in language

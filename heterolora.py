@@ -269,7 +269,7 @@ READINGS = {  # what a proxy can ask for: (lora, x (n, t, d_in), d (n, t, d_out)
 
 
 class Recording:
-    """Readings of every module off the backward passes inside `with recording:`, one batch and one backward pass each. The passes
+    """Readings of every module off the backward passes inside `with recording:`, one batch each, as a whole or in parts. The passes
     compute what they would without it, but that gradients may add up in another order.
 
     reads: keys of READINGS. A value is the mean over the batches, "fisher_B" the sum (of a module that is used once a pass). "G"
@@ -278,6 +278,7 @@ class Recording:
 
     def __init__(self, adapters, reads):
         self.adapters, self.reads, self.batches, self.sums = adapters, reads, 0, {}
+        self.share = 1.0  # of the batch's examples, in this backward pass, whose loss is multiplied by it
         for name, lora in adapters.items():  # zeros, for a module that the loss does not depend on
             self._add(name, *(lora.A.new_zeros(1, 0, width) for width in (lora.A.shape[1], lora.B.shape[0])))
 
@@ -286,7 +287,7 @@ class Recording:
         lora = self.adapters[name]
         x, d = (t.reshape(len(t), math.prod(t.shape[1:-1]), t.shape[-1]).to(lora.A.dtype) for t in (x, d))
         for key in self.reads:
-            value = READINGS[key](lora, x, d)
+            value = READINGS[key](lora, x, d / self.share if key == "fisher_B" else d)
             self.sums[name, key] = self.sums[name, key].add_(value) if (name, key) in self.sums else value
 
     def __enter__(self):
@@ -615,6 +616,7 @@ class HeteroLoRA:
         self.granularity, self.order, self.scale = granularity, order, scale
         self.generator = torch.Generator().manual_seed(seed)
         self.history, self.ever = [], dict.fromkeys(adapters, 0)  # ever: the highest rank that a module has had
+        self.agree = lambda scores: scores  # several processes must agree on the scores; train.py averages them
 
     def gains(self, scores):
         """{name: score} -> what the allocator sees: one number a module, or one a rank, by granularity, order and scale"""
@@ -654,7 +656,7 @@ class HeteroLoRA:
         jaccard_first (overlap of the modules on now with those before and with the first; None the first time), seconds. Raises
         FloatingPointError if a score is not finite, ValueError if scores are missing or there are not r_max in a list."""
         start, last = time.perf_counter(), self.history[-1]["ranks"] if self.history else dict.fromkeys(self.adapters, 0)
-        scores = PROXIES[self.proxy](self.model, self.adapters, batches, self.loss_fn)
+        scores = self.agree(PROXIES[self.proxy](self.model, self.adapters, batches, self.loss_fn))
         for name, lora in self.adapters.items():
             parts = scores.get(name, ())
             parts = parts if isinstance(parts, (list, tuple)) else [parts] * lora.max_rank

@@ -1,4 +1,4 @@
-"""A plain transformer encoder of the BERT and RoBERTa family, and its checkpoints.
+"""A plain transformer encoder of the BERT and RoBERTa family, its loading from checkpoints, and the small built-in one.
 
 Nothing here knows of LoRA. Every layer has four named connection points (see the README's
 figure): the two residual connections, which are `nn.Identity`, and two cross-layer shortcuts, which
@@ -9,13 +9,9 @@ Shapes: B sequences, T tokens, D hidden_size, F intermediate_size, H heads, C cl
 import dataclasses
 import hashlib
 import inspect
-import json
 import math
-import mmap
 import os
-import struct
-import sys
-import tempfile
+import re
 import time
 
 import torch
@@ -23,16 +19,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import files
+from files import CheckpointError, hf_name
 
 ACTIVATIONS = {  # hidden_act of config.json; "gelu" is the exact one, with erf
     "gelu": F.gelu, "gelu_python": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_fast": lambda x: F.gelu(x, approximate="tanh"), "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used; the message names the file and what is wrong with it."""
 
 
 @dataclasses.dataclass
@@ -73,12 +67,8 @@ class EncoderConfig:
     def from_folder(cls, folder):
         """Read folder/config.json. Fields it leaves out get the model type's own defaults. Raises CheckpointError."""
         path = os.path.join(folder, "config.json")
-        try:
-            with open(path, encoding="utf-8") as file:
-                fields = json.load(file)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        if not isinstance(fields, dict) or "model_type" not in fields:
+        fields = files.read_json(path, CheckpointError)
+        if "model_type" not in fields:
             raise CheckpointError(f"{path}: not a Hugging Face encoder config (no model_type)")
         for name, plain in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
             if fields.get(name, plain) != plain:
@@ -208,81 +198,28 @@ class Classifier(nn.Module):
 
 # ----------------------------------------------------------------------------------------------- checkpoints
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-EMBEDDINGS = {"word": "word_embeddings", "position": "position_embeddings", "token_type": "token_type_embeddings", "ln": "LayerNorm"}
-IN_LAYER = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense",
-            "ln1": "attention.output.LayerNorm", "fc1": "intermediate.dense", "fc2": "output.dense", "ln2": "output.LayerNorm"}
-
-
-def hf_name(name):
-    """Our tensor name -> Hugging Face's, without the model prefix: layers.0.q.weight -> encoder.layer.0.attention.self.query.weight"""
-    parts = name.split(".")
-    if parts[0] == "layers":
-        return f"encoder.layer.{parts[1]}.{IN_LAYER[parts[2]]}.{parts[3]}"
-    return f"embeddings.{EMBEDDINGS[parts[0]]}.{parts[1]}"
-
-
-def read_safetensors(path):
-    """A .safetensors file -> {name: tensor}, memory-mapped (copy on write). Raises CheckpointError.
-
-    The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, raw bytes.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if 8 + length > size:
-            raise CheckpointError(f"{path}: truncated: the header wants {8 + length} bytes, the file has {size}")
+def find_pretrained(name):
+    """A folder, or the id of a model on the Hugging Face hub, which is downloaded into the cache -> folder. Raises InputError."""
+    name = os.fspath(name)
+    if not os.path.isdir(name) and re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?", name, re.ASCII):
         try:
-            header = json.loads(file.read(length))
-            entries = {k: (v["dtype"], v["shape"], *v["data_offsets"]) for k, v in header.items() if k != "__metadata__"}
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            raise CheckpointError(f"{path}: the header is not a safetensors header") from None
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a writable map: torch warns of read-only memory
-    tensors = {}
-    for name, (dtype, shape, begin, end) in entries.items():
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
-        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in [*shape, begin, end]):
-            raise CheckpointError(f"{path}: {name}: shape and offsets must be whole numbers")
-        count = math.prod(shape)
-        if end - begin != count * DTYPES[dtype].itemsize:
-            raise CheckpointError(f"{path}: {name}: {end - begin} bytes for shape {shape} of {dtype}")
-        if 8 + length + end > size:
-            raise CheckpointError(f"{path}: truncated: {name} ends at byte {8 + length + end}, the file has {size}")
-        tensors[name] = (torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=8 + length + begin).view(shape)
-                         if count else torch.empty(shape, dtype=DTYPES[dtype]))
-    return tensors
+            return files.hub_folder(name, EncoderConfig.from_folder)
+        except files.DownloadError as error:
+            raise CheckpointError(f"{name} is no folder here, and as an id on the Hugging Face hub: {error}") from None
+    if not os.path.isdir(name):
+        raise CheckpointError(f"{name}: no such folder, nor can it be an id on the Hugging Face hub; give a checkpoint folder, or an id such as roberta-base")
+    return name
 
 
-def read_tensors(folder):
-    """The weights of a Hugging Face folder -> (path, {name: tensor}). Pickles are read with weights_only=True."""
-    path = os.path.join(folder, "model.safetensors")
-    if os.path.isfile(path):
-        return path, read_safetensors(path)
-    path = os.path.join(folder, "pytorch_model.bin")
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged file; only the first line is for people
-        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise CheckpointError(f"{path}: not a dictionary of tensors")
-    return path, tensors
+def load_pretrained(name_or_dir, log=print):
+    """A Hugging Face BERT or RoBERTa folder (config.json and model.safetensors or pytorch_model.bin) or hub id -> Encoder in float32.
 
-
-def load_pretrained(folder, log=print):
-    """A Hugging Face BERT or RoBERTa folder (config.json and model.safetensors or pytorch_model.bin) -> Encoder in float32.
-
-    Tensors that belong to no encoder (heads, poolers, position ids) are named once through `log`. Raises CheckpointError
-    for a missing folder, file or tensor, a wrong shape, a truncated file, an architecture that is not supported.
+    Tensors that belong to no encoder (heads, poolers, position ids) are named once through `log`. Raises InputError for a
+    missing folder, file or tensor, a wrong shape, a truncated file, an architecture that is not supported, a failed download.
     """
-    if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: no such folder; give a Hugging Face checkpoint folder")
+    folder = find_pretrained(name_or_dir)
     config = EncoderConfig.from_folder(folder)
-    path, tensors = read_tensors(folder)
+    path, tensors = files.read_tensors(folder)
     found, prefixes = {}, ("bert.", "roberta.")
     for name, tensor in tensors.items():
         short = name.split(".", 1)[1] if name.startswith(prefixes) else name
@@ -307,6 +244,11 @@ def load_pretrained(folder, log=print):
     if found:
         log(f"checkpoint {path}: not part of the encoder, left out: {', '.join(sorted(name for name, _ in found.values()))}")
     return encoder
+
+
+def save_pretrained(encoder, folder, texts=()):
+    """Write an encoder without adapters as a new Hugging Face folder, with further text files, (name, text) pairs. Raises InputError, OSError."""
+    files.save_checkpoint(folder, dataclasses.asdict(encoder.config), encoder.state_dict(), texts=texts)
 
 
 # ----------------------------------------------------------------------------------------------- the built-in encoder
@@ -368,39 +310,23 @@ def pretrain(config, sequences, mask_id, first_word_id, steps, batch_size=32, lr
     return encoder
 
 
-def save_pretrained(encoder, folder, extra=()):
-    """Write an encoder as a Hugging Face folder (config.json, pytorch_model.bin) plus `extra` (file name, text) files.
-
-    The folder appears whole or not at all; one that is there already is left as it is.
-    """
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder), prefix=".unfinished-") as temporary:
-        whole = os.path.join(temporary, "whole")
-        os.mkdir(whole)
-        for name, text in (("config.json", json.dumps(dataclasses.asdict(encoder.config), indent=1)), *extra):
-            with open(os.path.join(whole, name), "w", encoding="utf-8") as file:
-                file.write(text)
-        torch.save({hf_name(name): t for name, t in encoder.state_dict().items()}, os.path.join(whole, "pytorch_model.bin"))
-        if not os.path.isdir(folder):
-            os.rename(whole, folder)
-
-
 def built_in_config():
     """EncoderConfig of the small encoder"""
     return EncoderConfig(vocab_size=len(data.built_in_tokenizer().vocab), **BUILT_IN_ENCODER)
 
 
-def built_in_encoder(log):
-    """The small encoder of the built-in language, pre-trained once and then taken from the cache -> Encoder, Tokenizer"""
+def built_in_folder(log):
+    """Folder of the small encoder of the built-in language, pre-trained once and then kept in the cache"""
     tokenizer, config = data.built_in_tokenizer(), built_in_config()
-    everything = repr((config, BUILT_IN_PRETRAINING, BUILT_IN_CORPUS, inspect.getsource(data), inspect.getsource(sys.modules[__name__]), torch.__version__))
-    cache = os.environ.get("HETEROLORA_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "heterolora")
-    folder = os.path.join(cache, "encoder-" + hashlib.sha256(everything.encode()).hexdigest()[:16])
+    makers = (data.Tokenizer, data.WordPiece, data.Language, data.built_in_corpus, data.pad, data.batches, Layer, Encoder, pretrain)
+    recipe = repr((config, BUILT_IN_PRETRAINING, BUILT_IN_CORPUS, data.LEXICON, [*tokenizer.vocab], *map(inspect.getsource, makers), torch.__version__))
+    folder = files.cache_path("encoder-" + hashlib.sha256(recipe.encode()).hexdigest()[:16])
     if not os.path.isdir(folder):
-        os.makedirs(cache, exist_ok=True)  # now rather than after a minute's work
-        log(f"pre-training the built-in encoder, once, into {folder}")
-        sequences = [tokenizer.encode(*texts) for texts in data.built_in_corpus(BUILT_IN_CORPUS)]
-        first_word = min(i for token, i in tokenizer.vocab.items() if token.isalpha() and len(token) > 1)
-        encoder = pretrain(config, sequences, tokenizer.mask_id, first_word, log=log, **BUILT_IN_PRETRAINING)
-        save_pretrained(encoder, folder, [("vocab.txt", "".join(token + "\n" for token in tokenizer.vocab))])
-    return load_pretrained(folder, log), data.load_tokenizer(folder)
+        with files.lock(files.cache_path("lock")):
+            if not os.path.isdir(folder):
+                log(f"pre-training the built-in encoder, once, into {folder}")
+                sequences = [tokenizer.encode(*texts) for texts in data.built_in_corpus(BUILT_IN_CORPUS)]
+                first_word = min(i for token, i in tokenizer.vocab.items() if token.isalpha() and len(token) > 1)
+                encoder = pretrain(config, sequences, tokenizer.mask_id, first_word, log=log, **BUILT_IN_PRETRAINING)
+                save_pretrained(encoder, folder, [("vocab.txt", "".join(token + "\n" for token in tokenizer.vocab))])
+    return folder

