@@ -6,7 +6,6 @@ Task of (text, pair or None, label) examples; `batches` puts examples of similar
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import random

@@ -515,6 +515,7 @@ class Patience:
         if self.asked:
             raise KeyboardInterrupt
         self.asked.append(number)
+        print("stopping after this step (again: at once)", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -9,7 +9,6 @@ Shapes: B sequences, T tokens, D hidden_size, F intermediate_size, H heads, C cl
 import dataclasses
 import hashlib
 import inspect
-import math
 import os
 import re
 import time

@@ -319,12 +319,22 @@ def test_truncation_cuts_the_longer_text_first():
         tokenizer.encode("the", "the", 2)
 
 
-def test_tokenizer_files_that_are_missing_or_wrong_are_named(tmp_path):
-    with pytest.raises(data.DataError, match="neither vocab.txt nor vocab.json"):
+SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}
+
+
+@pytest.mark.parametrize("contents,message", [
+    ({}, "neither vocab.txt nor vocab.json"), ({"vocab.json": "{}"}, "neither vocab.txt nor vocab.json"), ({"vocab.txt": "[PAD]\n[CLS]\n[SEP]\n[MASK]\n"}, re.escape("no [UNK]")), ({"vocab.txt": ""}, "no .CLS."),
+    ({"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\na\nthe\n"}, r"vocab.txt, line 8: 'the' is in line 6 already"),
+    ({"vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n", "tokenizer_config.json": "[]"}, "tokenizer_config.json: a JSON object is wanted, and it holds a list"),
+    ({"vocab.txt": "[PAD]\n", "tokenizer_config.json": "{"}, "tokenizer_config.json: cannot be read"), ({"vocab.json": "[]", "merges.txt": ""}, "vocab.json: a JSON object is wanted"),
+    ({"vocab.json": json.dumps(SPECIAL | {"a": "7"}), "merges.txt": ""}, "the id of 'a' is '7', no number from 0 on"), ({"vocab.json": json.dumps(SPECIAL | {"a": -1}), "merges.txt": ""}, "the id of 'a' is -1"),
+    ({"vocab.json": json.dumps(SPECIAL | {"a": 4}), "merges.txt": ""}, "two tokens the same id"), ({"vocab.json": json.dumps(SPECIAL), "merges.txt": "#version\na b c\n"}, "'a b c' is not a pair")])
+def test_tokenizer_files_that_are_missing_or_wrong_are_named(tmp_path, contents, message):
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(data.DataError, match=message) as error:
         data.load_tokenizer(tmp_path)
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\n[MASK]\n")
-    with pytest.raises(data.DataError, match=re.escape("no [UNK]")):
-        data.load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 @needs_glue
@@ -350,7 +360,9 @@ def test_glue_syntax_is_tabs_and_line_ends_only_and_errors_name_file_and_line(tm
     for name, text, message in (("dev.tsv", b"index\tsentence1\tlabel\n", "line 1: no column sentence2"), ("dev.tsv", b"", "line 1: no column"),
                                 ("dev.tsv", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\ta\n", "line 3: 2 columns instead of 4"),
                                 ("dev.tsv", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tyes\n", "line 2: label 'yes' is not one of entailment"),
-                                ("dev.tsv", b"index\tsentence1\tsentence2\tlabel\n", "no examples"), ("dev.tsv", b"\xff\xfe\n", "cannot be read")):
+                                ("dev.tsv", b"index\tsentence1\tsentence2\tlabel\n", "no examples"), ("dev.tsv", b"\xff\xfe\n", "cannot be read"),
+                                ("dev.tsv", b"index\tsentence1\tsentence2\tlabel\n0\ta\0\tb\tentailment\n", "line 2: a NUL byte"),
+                                ("dev.tsv", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t2\n", "line 2: label '2' is not one of"), ("dev.tsv", "caf\xe9\n".encode("latin-1"), "cannot be read")):
         put("RTE", name, text)
         with pytest.raises(data.DataError, match=message) as error:
             data.load_task("rte", tmp_path)
@@ -1789,7 +1801,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(small_encoder,
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_the_step_and_says_how_to_go_on(small_encoder, tmp_path, monkeypatch, capsys, signal_number):
-    flags = ["--model", small_encoder, *SMALL, "--max-steps", "9"]
+    flags = ["--model", small_encoder, *SMALL, "--max-steps", "9", "--probe", "separate"]
     assert main(*flags, "--out", tmp_path / "whole") == 0
     optimise, steps = train.optimise, []
 
@@ -1829,7 +1841,7 @@ def test_what_cannot_be_resumed_says_why_and_is_left_alone(small_encoder, tmp_pa
     refused("is in use: another process is writing to it")
     held.close()
     for name, content, message in (("state.pt", b"nonsense", "state.pt: cannot be read"), ("state.pt", before["state.pt"][:-100], "state.pt: cannot be read"), ("config.json", b"[1]", "a JSON object is wanted"),
-                                   ("config.json", b'{"method": "magic"}', "method 'magic' is not one of"), ("config.json", before["config.json"].replace(b'"grad-norm"', b'"mine"'), "a proxy of your own wants the script"),
+                                   ("config.json", b'{"method": "magic"}', "method 'magic' is not one of"), ("config.json", b'{"rank": "4"}', "rank must be of type int, not '4'"), ("config.json", before["config.json"].replace(b'"grad-norm"', b'"mine"'), "a proxy of your own wants the script"),
                                    ("log.jsonl", b"", "log.jsonl is shorter than when the state of the run was saved")):
         (out / name).write_bytes(content)
         refused(message)

@@ -139,7 +139,7 @@ def parse_args(argv=None):
         parser.error(f"--{saved} takes the flags of the run from its config.json, and beside them no {', '.join(extra)}")
     if saved not in (None, "show"):
         folder = given[saved][0] if saved == "predict" else given[saved]
-        args = argparse.Namespace(**{**vars(args), **read_config(folder), **({} if saved == "resume" else {"merge": None, "export_peft": None}), **given, "out": args.resume})
+        args = argparse.Namespace(**{**vars(args), **read_config(folder, vars(args)), **({} if saved == "resume" else {"merge": None, "export_peft": None}), **given, "out": args.resume})
         if "model" in given:
             args.checkpoint = None
     args.checkpoint, args.fingerprint = getattr(args, "checkpoint", None), getattr(args, "fingerprint", None)  # set by prepare
@@ -147,12 +147,15 @@ def parse_args(argv=None):
     return args
 
 
-def read_config(folder):
+def read_config(folder, defaults):
     """The flags of the run in a folder -> dict. Raises UsageError."""
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise UsageError(f"{folder} holds no run: there is no {path}")
     config = files.read_json(path)
+    wrong = [key for key, value in config.items() if defaults.get(key) is not None and type(value) is not type(defaults[key])]
+    if wrong:
+        raise UsageError(f"{path}: {wrong[0]} must be of type {type(defaults[wrong[0]]).__name__}, not {config[wrong[0]]!r}: has it been edited?")
     for key, known in (("method", METHODS), ("proxy", heterolora.PROXIES), ("allocator", heterolora.ALLOCATORS)):
         if config.get(key) not in known:
             raise UsageError(f"{path}: {key} {config.get(key)!r} is not one of {', '.join(known)}; a {key} of your own wants the script that registers it")
@@ -605,9 +608,8 @@ def train(args):
                     log(f"eval {step:6d}/{total} | {in_words(run.evaluations[-1])}", kind="eval", step=step, **run.evaluations[-1])
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} at step {step}: {advice}") from None
-            stop = torch.tensor(float(len(asked)), device=device) if ranks()[1] > 1 else len(asked)
-            if ranks()[1] > 1:  # all stop, or none
-                add_up([stop])
+            stop = torch.tensor(float(len(asked)), device=device)
+            add_up([stop])  # all processes stop, or none
             if stop or step % steps_per_epoch == 0 or step % args.save_every == 0:
                 run.save(checksum)
             if stop and step < total:
