@@ -158,6 +158,13 @@ class _Progress:
             print("\r" * sys.stderr.isatty() + line, end="\n" if end else "", file=sys.stderr, flush=True)
 
 
+def _read(response):
+    try:
+        return response.read(1 << 18)
+    except OSError as error:  # of the network, not of the disk
+        raise ConnectionError(error) from None
+
+
 def _attempt(url, part, headers):
     """One request for url, appended to `part` where the server goes on from there. True: whole. False: cut short."""
     note = part + ".validator"  # what the server called the version that `part` is of; a file that has changed starts anew
@@ -170,19 +177,21 @@ def _attempt(url, part, headers):
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", validator)
     with _opener.open(request, timeout=TIMEOUT) as response:
-        goes_on = response.status == 206
-        if goes_on and not re.match(rf"bytes {have}-\d+/", response.headers.get("Content-Range", "")):
+        goes_on, tag = response.status == 206, response.headers.get("ETag", "")
+        given = re.fullmatch(rf"bytes {have}-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise DownloadError(f"{url}: comes as {response.headers['Content-Encoding']}, which was not asked for")
+        if goes_on and (not given or tag and validator.startswith('"') and tag != validator):  # not what was asked for, or of another version
             os.remove(part)
             return False
         length, start = response.headers.get("Content-Length"), have if goes_on else 0
-        total = None if length is None else start + int(length)
+        total = int(given[1]) if goes_on else None if length is None else int(length)
         with open(part, "ab" if goes_on else "wb") as file:
             if not goes_on:
-                tag = response.headers.get("ETag", "")
                 with open(note, "w", encoding="utf-8") as other:
                     other.write(response.headers.get("Last-Modified", "") if not tag or tag.startswith("W/") else tag)
             progress, done = _Progress(os.path.basename(part).removesuffix(".part"), total), start
-            while chunk := response.read(1 << 18):
+            while chunk := _read(response):
                 file.write(chunk)
                 done += len(chunk)
                 progress(done)
@@ -195,6 +204,9 @@ def fetch(url, path, sha256=None, token=None):
     has not changed. Checked against the announced size, and SHA-256 where given. Raises NotThere, DownloadError; OSError of the disk."""
     if os.path.isfile(path):
         return path
+    token = (token or "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise DownloadError(f"{url}: HF_TOKEN has characters in it that no token has")
     part, most, idle, reason = path + ".part", -1, 0, ""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     while idle < TRIES:
@@ -212,10 +224,14 @@ def fetch(url, path, sha256=None, token=None):
                 advice = ": private, gated or misspelt; set HF_TOKEN if it wants one" if error.code in (401, 403) else ""
                 raise DownloadError(f"{url}: {reason}{advice}") from None
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            cause = getattr(error, "reason", error)
+            cause = getattr(error, "reason", None) or error
             reason = f"cannot be reached: {cause}"
             if isinstance(cause, socket.gaierror):  # no such name, or no network: nor will it be in a second
                 raise DownloadError(f"{url}: {reason}") from None
+        except DownloadError:
+            raise
+        except ValueError:
+            raise DownloadError(f"{url}: this, or what it redirects to, is no address") from None
         have = os.path.getsize(part) if os.path.isfile(part) else 0
         idle, most = (0 if have > most >= 0 else idle + 1), max(have, most)  # as long as something new comes, go on
         if idle < TRIES:
@@ -248,17 +264,31 @@ def hub_folder(name, check):
             with contextlib.suppress(NotThere):
                 fetch(f"{endpoint}/{name}/resolve/main/{file}", os.path.join(folder, file), token=os.environ.get("HF_TOKEN"))
                 return file
+    def complete():
+        return any(os.path.isfile(os.path.join(folder, file)) for file in WEIGHTS)  # they come last
+
+    def sound(file, look):
+        """look(folder), and if it does not like what it sees, the file is not kept"""
+        try:
+            look(folder)
+        except InputError:
+            os.remove(os.path.join(folder, file))
+            raise
+    if complete():
+        return folder
     with lock(cache_path("lock")):
-        if not any(os.path.isfile(os.path.join(folder, file)) for file in WEIGHTS):  # they come last: with them all is there
+        if not complete():
             if not get("config.json"):
                 raise DownloadError(f"{endpoint} has no such model, or no config.json for it")
-            check(folder)
+            sound("config.json", check)
             get("tokenizer_config.json")
             if not get("vocab.txt") and not (get("vocab.json") and get("merges.txt")):
                 raise DownloadError(f"{endpoint} has neither vocab.txt nor vocab.json with merges.txt for it: another kind of tokenizer, not supported")
-            if not get(*WEIGHTS):
+            weights = get(*WEIGHTS)
+            if not weights:
                 sharded = get(*(weights + ".index.json" for weights in WEIGHTS))
                 raise DownloadError(f"a sharded checkpoint ({sharded}) is not supported" if sharded else f"{endpoint} has neither {' nor '.join(WEIGHTS)} for it")
+            sound(weights, read_tensors)
     return folder
 
 
@@ -268,6 +298,12 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 LONGEST_HEADER = 100_000_000  # bytes, as in the reference library
+
+
+def _without_repeats(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name twice")
+    return dict(pairs)
 
 
 def read_safetensors(path):
@@ -285,10 +321,13 @@ def read_safetensors(path):
         if length > LONGEST_HEADER:
             raise CheckpointError(f"{path}: a header of {length} bytes; at most {LONGEST_HEADER} are allowed")
         try:
-            header = json.loads(file.read(length))
-            entries = {k: (v["dtype"], v["shape"], *v["data_offsets"]) for k, v in header.items() if k != "__metadata__"}
+            text = file.read(length).decode()
+            header = json.loads(text, object_pairs_hook=_without_repeats)
+            if text[0] != "{" or not all(isinstance(value, str) for value in header.pop("__metadata__", {}).values()):
+                raise ValueError
+            entries = {name: (entry["dtype"], entry["shape"], *entry["data_offsets"]) for name, entry in header.items()}
             entries = sorted(((name, dtype, shape, begin, end) for name, (dtype, shape, begin, end) in entries.items()), key=lambda entry: entry[3:])
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
             raise CheckpointError(f"{path}: the header is not a safetensors header") from None
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a writable map: torch warns of read-only memory
     tensors, position, start = {}, 0, 8 + length
@@ -432,9 +471,13 @@ def check_export(args, shortcuts):
     for flag, folder in (("--merge", args.merge), ("--export-peft", args.export_peft)):
         if folder and os.path.exists(folder):
             raise InputError(f"{flag} {folder} is there already: give a new folder")
+        if folder:
+            os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
         if folder and shortcuts:
             raise InputError(f"{flag}: shortcuts are on, or may be ({', '.join(shortcuts)}); they are connections that neither a plain checkpoint nor a PEFT adapter has, and "
                              "no weight to fold them into. Train with --shortcuts none, or use the run as it is, with --eval, --predict or load_run")
+    if args.merge and args.export_peft and os.path.abspath(args.merge) == os.path.abspath(args.export_peft):
+        raise InputError(f"--merge and --export-peft name the same folder, {args.merge}: give two")
     if args.export_peft and args.method in ("head", "full"):
         raise InputError(f"--export-peft: --method {args.method} has no LoRA modules")
 
@@ -443,10 +486,6 @@ def export(args, model, adapters, log):
     """--merge and --export-peft. The head becomes part of the folder where Hugging Face has the same, that is for --pooling cls."""
     head, config, with_head = model.head.state_dict(), model.config, args.pooling == "cls"
     where = "" if with_head else ", the head apart in head.safetensors: Hugging Face's classifiers see the first token, not the mean"
-    if args.export_peft:
-        base = args.checkpoint if args.model == "built-in" or os.path.isdir(args.model) else args.model
-        export_peft(args.export_peft, adapters, head, config.model_type, with_head, base)
-        log(f"peft    {args.export_peft}: {sum(lora.rank > 0 for lora in adapters.values())} LoRA modules for {base}{where}")
     if args.merge:
         hosts = [module for module in model.modules() if hasattr(module, "unmerge")]
         for module in hosts:
@@ -458,6 +497,10 @@ def export(args, model, adapters, log):
         fields |= {"id2label": dict(enumerate(model.labels)), "label2id": {label: i for i, label in enumerate(model.labels)}} if with_head else {}
         save_checkpoint(args.merge, fields, state, head, with_head, source=args.checkpoint)
         log(f"merge   {args.merge}: an ordinary checkpoint{where}")
+    if args.export_peft:
+        base = args.model if args.checkpoint.startswith(os.path.abspath(cache_path("hub")) + os.sep) else args.checkpoint
+        export_peft(args.export_peft, adapters, head, config.model_type, with_head, base)
+        log(f"peft    {args.export_peft}: {sum(lora.rank > 0 for lora in adapters.values())} LoRA modules for {base}{where}")
 
 
 # ------------------------------------------------------------------------------------------------ a run while it lasts
@@ -494,8 +537,9 @@ class Log:
 
     def rewind(self, sizes):
         """Cut the files back to these sizes: what was written after the state was saved will be written again"""
-        for name, size in self.sizes().items():
-            if size < sizes.get(name, 0):
+        now = self.sizes()
+        for name in {**now, **sizes}:
+            if now.get(name, 0) < sizes.get(name, 0):
                 raise InputError(f"{os.path.join(self.out, name)} is shorter than when the state of the run was saved: it cannot go on")
             os.truncate(os.path.join(self.out, name), sizes.get(name, 0))
 

@@ -1369,10 +1369,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
         start = int(start[1]) if start and server.ranges and self.headers.get("If-Range") == tag else 0
         if start and start >= len(body):
             return self.send_error(416)
+        fault = fault if isinstance(fault, dict) else {"fault": fault}
+        end = min(len(body), start + fault.get("at most", len(body)))
         self.send_response(206 if start else 200)
-        self.send_header("ETag", tag)
+        self.send_header("ETag", fault.get("tag", tag))
+        if fault.get("encoding"):
+            self.send_header("Content-Encoding", fault["encoding"])
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(body)}")
+        body, fault = body[:end], fault.get("fault")
         cut, more = fault if isinstance(fault, tuple) else (None, 0)  # bytes that come, bytes announced beyond the truth
         self.send_header("Content-Length", str(len(body) - start + more))
         self.end_headers()
@@ -1406,6 +1411,31 @@ def test_downloads_arrive_whole_through_faults_and_go_on_where_they_were_cut(ser
     begun = [int(h.get("Range", "bytes=0-")[6:-1]) for _, h in server.asked]
     assert not ranges or begun == sorted(begun) and max(begun) == sum(cut for cut, _ in (fault for fault in faults if isinstance(fault, tuple)))
     assert files.fetch(server.url + "/gone", path) == path  # what is there is not asked for
+
+
+def test_a_server_may_give_less_than_the_range_asked_for_but_not_of_another_version(server, tmp_path):
+    server.content["/file"] = BODY
+    for name, fault, requests in (("less", {"at most": 500_000}, 3), ("other", {"tag": '"other"'}, 3)):
+        server.faults["/file"] = [(1_000_000, 0), fault]
+        server.asked.clear()
+        assert open(files.fetch(server.url + "/file", str(tmp_path / name)), "rb").read() == BODY and len(server.asked) == requests
+    server.faults["/file"] = [{"encoding": "gzip"}]
+    with pytest.raises(files.DownloadError, match="comes as gzip"):
+        files.fetch(server.url + "/file", str(tmp_path / "packed"))
+
+
+@pytest.mark.parametrize("variable,value,message", [("HF_ENDPOINT", "mirror.example", "is no address"), ("HF_ENDPOINT", "http://[bad", "is no address"), ("HF_TOKEN", "hf_secret\nX: y", "HF_TOKEN has characters"), ("HF_TOKEN", "sécret", "HF_TOKEN has")])
+def test_bad_addresses_and_tokens_are_refused_and_tokens_not_shown(server, small_encoder, tmp_path, monkeypatch, capsys, variable, value, message):
+    run(small_encoder, "--method", "head", out=tmp_path / "run")
+    monkeypatch.setenv(variable, value)
+    for flags in (["--model", "a/b", "--max-steps", "1"], ["--eval", tmp_path / "run", "--model", "a/b"]):
+        assert main(*flags) == 2
+        stderr = capsys.readouterr().err
+        assert message in stderr and "cret" not in stderr and len(stderr.splitlines()) == 1
+    monkeypatch.setenv("HF_TOKEN", "secret\n")  # as files of secrets end
+    server.content["/file"] = b"x"
+    files.fetch(server.url + "/file", str(tmp_path / "file"), token=os.environ["HF_TOKEN"])
+    assert server.asked[-1][1]["Authorization"] == "Bearer secret"
 
 
 def test_a_download_that_never_ends_well_is_an_error_and_leaves_no_file(server, tmp_path):
@@ -1474,6 +1504,12 @@ def test_what_the_hub_cannot_give_is_one_clear_error(server, small_encoder, name
         server.content.pop(f"/a/b/resolve/main/{file}", None) if body is None else server.content.update({f"/a/b/resolve/main/{file}": body})
     with pytest.raises(encoders.CheckpointError, match=message):
         encoders.load_pretrained(name)
+    on_the_hub(server, "a/b", small_encoder)  # the hub is well again: nothing bad has been kept
+    if name == "a/b" and (len(change) < 2 or list(change.values())[0] is not None):
+        server.content.pop("/a/b/resolve/main/pytorch_model.bin.index.json", None)
+        asked, server.asked = server.asked, []
+        encoders.load_pretrained(name)
+        server.asked = asked
     assert "config.json" not in change or not [path for path, _ in server.asked if "model." in path]  # nothing large for nothing
 
 
@@ -1570,7 +1606,8 @@ def entry(begin, end, shape=None, dtype="U8"):
     ({"a": entry(8, 0, [-8])}, "not negative"), ({"a": entry(0, 16, [2.0, 8])}, "whole numbers"), ({"a": entry(0, 16, [True, 16])}, "whole numbers"), ({"a": entry(0, 16, 16)}, "whole numbers"),
     ({"a": entry(0, 16, [2**40, 2**40], "F32")}, "16 bytes for shape"),
     ({"a": entry(0, 16, [0, 10**30])}, "whole numbers"), ({"a": {"dtype": "F32"}}, "not a safetensors header"), ({"a": entry(0, 16, dtype=None)}, "has dtype None"),
-    ([], "not a safetensors header"), ({"a": {"dtype": "U8", "shape": [16], "data_offsets": [0, 16, 16]}}, "not a safetensors header"), ({"a": entry(0, "16", [16])}, "not a safetensors header|whole numbers")])
+    ([], "not a safetensors header"), ({"a": {"dtype": "U8", "shape": [16], "data_offsets": [0, 16, 16]}}, "not a safetensors header"), ({"a": entry(0, "16", [16])}, "not a safetensors header|whole numbers"),
+    ({"a": entry(0, 16), "__metadata__": {"format": 1}}, "not a safetensors header"), ({"a": entry(0, 16), "__metadata__": ["pt"]}, "not a safetensors header")])
 def test_hostile_safetensors_are_refused(tmp_path, header, message):
     text = json.dumps(header).encode()
     (tmp_path / "t").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
@@ -1579,7 +1616,9 @@ def test_hostile_safetensors_are_refused(tmp_path, header, message):
 
 
 @pytest.mark.parametrize("raw,message", [(b"", "truncated"), (b"\0" * 7, "truncated"), (b"\0" * 8, "not a safetensors header"), (struct.pack("<Q", 2**31) + b"{}", "truncated: the header wants 2147483656"),
-                                         (struct.pack("<Q", 2**64 - 1) + b"{}", "truncated"), (struct.pack("<Q", 100_000) + b"[" * 100_000, "not a safetensors header"), (struct.pack("<Q", 2) + b"\xff{", "not a safetensors")])
+                                         (struct.pack("<Q", 2**64 - 1) + b"{}", "truncated"), (struct.pack("<Q", 100_000) + b"[" * 100_000, "not a safetensors header"), (struct.pack("<Q", 2) + b"\xff{", "not a safetensors"),
+                                         (struct.pack("<Q", 3) + b" {}", "not a safetensors"), (struct.pack("<Q", 5) + b"\xef\xbb\xbf{}", "not a safetensors"), (struct.pack("<Q", 4) + "{}".encode("utf-16-le"), "not a safetensors"),
+                                         (struct.pack("<Q", 113) + b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}        ' + b"x", "not a safetensors")])
 def test_hostile_headers_are_refused(tmp_path, raw, message):
     (tmp_path / "t").write_bytes(raw)
     with pytest.raises(encoders.CheckpointError, match=message):
@@ -1762,6 +1801,8 @@ def test_shortcuts_cannot_be_merged_or_exported_and_it_says_so_before_training(s
         assert main("--model", small_encoder, flag, tmp_path / "x", *SMALL) == 2 and "Train with --shortcuts none" in capsys.readouterr().err
         assert main("--model", small_encoder, flag, tmp_path, "--shortcuts", "none", *SMALL) == 2 and "is there already" in capsys.readouterr().err
     assert main("--model", small_encoder, "--export-peft", tmp_path / "x", "--method", "full", *SMALL) == 2 and "no LoRA modules" in capsys.readouterr().err
+    assert main("--model", small_encoder, "--export-peft", tmp_path / "x", "--merge", tmp_path / "y" / ".." / "x", "--shortcuts", "none", *SMALL) == 2 and "name the same folder" in capsys.readouterr().err
+    assert main("--model", small_encoder, "--merge", "/proc/nowhere/x", "--shortcuts", "none", *SMALL) == 2 and "/proc/nowhere" in capsys.readouterr().err
     run(small_encoder, "--targets", "none", out=tmp_path / "run")
     assert main("--eval", tmp_path / "run", "--merge", tmp_path / "x") == 2 and re.search(r"shortcuts are on, or may be \(layers\.\d", capsys.readouterr().err)
     run(small_encoder, "--method", "lora", "--merge", str(tmp_path / "merged"))  # uniform LoRA leaves them off
@@ -1841,7 +1882,10 @@ def test_what_cannot_be_resumed_says_why_and_is_left_alone(small_encoder, tmp_pa
     refused("is in use: another process is writing to it")
     held.close()
     for name, content, message in (("state.pt", b"nonsense", "state.pt: cannot be read"), ("state.pt", before["state.pt"][:-100], "state.pt: cannot be read"), ("config.json", b"[1]", "a JSON object is wanted"),
-                                   ("config.json", b'{"method": "magic"}', "method 'magic' is not one of"), ("config.json", b'{"rank": "4"}', "rank must be of type int, not '4'"), ("config.json", before["config.json"].replace(b'"grad-norm"', b'"mine"'), "a proxy of your own wants the script"),
+                                   ("config.json", b'{}', "task None is not one of"), ("config.json", before["config.json"].replace(b'"dynamic"', b'"magic"'), "method 'magic' is not one of"),
+                                   *(("config.json", re.sub(rf'"{key}": [^,]+,'.encode(), f'"{key}": {value},'.encode(), before["config.json"]), f"{key} cannot be .*: has the file been edited")
+                                     for key, value in (("rank", '"4"'), ("batch_size", "0"), ("lr", '"a"'), ("epochs", "[]"), ("realloc_every", "0.0"), ("seed", "1.5"))),
+                                   ("config.json", before["config.json"].replace(b'"mean"', b'"middle"'), "pooling 'middle' is not one of"), ("config.json", before["config.json"].replace(b'"grad-norm"', b'"mine"'), "one of your own wants the script"),
                                    ("log.jsonl", b"", "log.jsonl is shorter than when the state of the run was saved")):
         (out / name).write_bytes(content)
         refused(message)
@@ -1908,11 +1952,31 @@ def test_a_batch_in_parts_makes_the_same_steps_and_the_same_scores(still_encoder
         assert all(np.allclose(one[name], other[name], rtol=1e-3, atol=1e-7) for name in one)
 
 
-def test_two_processes_do_what_one_does(still_encoder, tmp_path):
+INTERRUPTED = """
+import os, signal, sys, train
+steps, optimise = [], train.optimise
+def interrupted(*rest):
+    steps.append(None)
+    if len(steps) == 5 and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGINT)
+    return optimise(*rest)
+train.optimise = interrupted
+sys.exit(train.main())
+"""
+
+
+def test_two_processes_do_what_one_does_even_interrupted_between_two_readings(still_encoder, tmp_path):
     flags = ["--model", still_encoder, *SMALL, "--train-limit", "91", "--max-steps", "20", "--lr", "0.02", "--realloc-every", "0.25", "--proxy", "fisher"]
     assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", *flags, "--out", str(tmp_path / "two")],
-                          cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+
+    def torchrun(script, *flags):
+        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *flags], cwd=HERE,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}, capture_output=True, text=True)
+    done = torchrun(tmp_path / "interrupted.py", *flags, "--out", str(tmp_path / "two"))
+    assert done.returncode != 0 and done.stderr.count("stopped: after step 5 of 20; go on with: torchrun --nproc-per-node=2 interrupted.py --resume") == 1, done.stderr
+    assert main("--resume", tmp_path / "two") == 2
+    done = torchrun("train.py", "--resume", str(tmp_path / "two"))
     assert done.returncode == 0 and done.stdout.count("result  ") == 1, done.stderr
     one, two = ([json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two"))
     assert [r.get("loss") for r in one] == pytest.approx([r.get("loss") for r in two], abs=1e-5) and one[-1]["accuracy"] == two[-1]["accuracy"]

@@ -9,6 +9,7 @@ Read `train` top to bottom: it is the whole run. Every flag: python train.py --h
 """
 import argparse
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -46,6 +47,7 @@ class Interrupted(Exception):
 
 class Parser(argparse.ArgumentParser):
     """argparse with one line for an error, and without "(default: None)" """
+    flags = {}  # name as in the Namespace -> type, choices
 
     def error(self, message):
         self.exit(2, f"train.py: error: {message} (python train.py --help lists every flag)\n")
@@ -54,6 +56,7 @@ class Parser(argparse.ArgumentParser):
         """flags: (name, type, default, metavar or choices, help)"""
         group = self.add_argument_group(title)
         for name, kind, default, values, text in flags:
+            self.flags[name[2:].replace("-", "_")] = kind, None if isinstance(values, str) else values
             values = {"metavar": values} if isinstance(values, str) else {"choices": list(values)}
             values |= {"nargs": "+", "metavar": tuple(values["metavar"].split())} if name == "--predict" else {}
             group.add_argument(name, type=kind, default=default, help=text + ("" if default is None else " (default: %(default)s)"), **values)
@@ -139,7 +142,7 @@ def parse_args(argv=None):
         parser.error(f"--{saved} takes the flags of the run from its config.json, and beside them no {', '.join(extra)}")
     if saved not in (None, "show"):
         folder = given[saved][0] if saved == "predict" else given[saved]
-        args = argparse.Namespace(**{**vars(args), **read_config(folder, vars(args)), **({} if saved == "resume" else {"merge": None, "export_peft": None}), **given, "out": args.resume})
+        args = argparse.Namespace(**{**vars(args), **read_config(folder), **({} if saved == "resume" else {"merge": None, "export_peft": None}), **given, "out": args.resume})
         if "model" in given:
             args.checkpoint = None
     args.checkpoint, args.fingerprint = getattr(args, "checkpoint", None), getattr(args, "fingerprint", None)  # set by prepare
@@ -147,18 +150,24 @@ def parse_args(argv=None):
     return args
 
 
-def read_config(folder, defaults):
+def read_config(folder):
     """The flags of the run in a folder -> dict. Raises UsageError."""
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise UsageError(f"{folder} holds no run: there is no {path}")
     config = files.read_json(path)
-    wrong = [key for key, value in config.items() if defaults.get(key) is not None and type(value) is not type(defaults[key])]
-    if wrong:
-        raise UsageError(f"{path}: {wrong[0]} must be of type {type(defaults[wrong[0]]).__name__}, not {config[wrong[0]]!r}: has it been edited?")
-    for key, known in (("method", METHODS), ("proxy", heterolora.PROXIES), ("allocator", heterolora.ALLOCATORS)):
-        if config.get(key) not in known:
-            raise UsageError(f"{path}: {key} {config.get(key)!r} is not one of {', '.join(known)}; a {key} of your own wants the script that registers it")
+    for key, (kind, choices) in Parser.flags.items():
+        value = config.get(key)
+        if value is None and key not in ("task", "method", "proxy", "allocator", "model"):
+            continue
+        if choices is not None and value not in choices:
+            raise UsageError(f"{path}: {key} {value!r} is not one of {', '.join(choices)}; one of your own wants the script that registers it")
+        try:
+            fits = key == "budget" or kind(",".join(value) or "none" if isinstance(value, list) else str(value)) == value
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            fits = False
+        if not fits:
+            raise UsageError(f"{path}: {key} cannot be {value!r}: has the file been edited?")
     return config
 
 
@@ -212,8 +221,10 @@ def start(args):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # nccl's collectives take the current one
+    if world > 1 and not dist.is_initialized():  # a first download may take hours
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     return device
 
 
@@ -394,7 +405,19 @@ def first_process_first():
 
 def resuming(args):
     """The command that goes on with a run"""
-    return f"python {os.path.basename(sys.argv[0]) or 'train.py'} --resume {shlex.quote(args.out)}"
+    start = f"torchrun --nproc-per-node={ranks()[1]}" if ranks()[1] > 1 else "python"
+    return f"{start} {os.path.basename(sys.argv[0]) or 'train.py'} --resume {shlex.quote(args.out)}"
+
+
+def what_is_kept(args):
+    """What to say of a run that was stopped"""
+    if args.eval or args.predict or args.show:
+        return ""
+    if not args.out:
+        return "; nothing was kept, for want of --out"
+    if os.path.isfile(os.path.join(args.out, "result.json")):
+        return f"; the run itself is whole; export it with: --eval {shlex.quote(args.out)}"
+    return f"; go on with: {resuming(args)}" if os.path.isfile(os.path.join(args.out, "config.json")) else "; nothing was begun"
 
 
 def optimise(args, model, parts, optimizer, schedule, recording=None):
@@ -486,28 +509,28 @@ class Run:
         """Write OUT/state.pt, if there is an OUT; all processes must call it. Raises OSError."""
         if not self.args.out:
             return
-        dropout = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
-        everybody = [dropout]
+        search, recording = self.search, self.recording
+        own = {"dropout": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state(),
+               "recording": recording and {"batches": recording.batches, "sums": {key: value.cpu() for key, value in recording.sums.items()}}}
+        each = [own]  # what differs from process to process
         if ranks()[1] > 1:
-            everybody = [None] * ranks()[1]
-            dist.all_gather_object(everybody, dropout)
+            each = [None] * ranks()[1]
+            dist.all_gather_object(each, own)
         if self.log.out:
-            search, recording = self.search, self.recording
-            state = {"plain": {key: getattr(self, key) for key in self.plain}, "dropout": everybody, "data": data_checksum, "logs": self.log.sizes(),
+            state = {"plain": {key: getattr(self, key) for key in self.plain}, "each": each, "data": data_checksum, "logs": self.log.sizes(),
                      "trained": {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}, "ranks": {name: lora.rank for name, lora in self.adapters.items()},
                      "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "generators": [self.data_order.get_state(), self.probing.get_state()],
-                     "search": search and {"history": search.history, "ever": search.ever, "generator": search.generator.get_state()},
-                     "recording": recording and {"batches": recording.batches, "sums": recording.sums}}
+                     "search": search and {"history": search.history, "ever": search.ever, "generator": search.generator.get_state()}}
             files.write(self.path, lambda file: torch.save(state, file))
 
     def load(self, data_checksum):
         """Put back what `save` wrote -> whether there was anything. Raises InputError."""
         saved = os.path.isfile(self.path)
-        state = files.read_pickle(self.path, lambda state: {"plain", "dropout", "data", "logs"} <= set(state), "the state of a run") if saved else {}
+        state = files.read_pickle(self.path, lambda state: {"plain", "each", "data", "logs"} <= set(state), "the state of a run") if saved else {}
         if saved and state["data"] != data_checksum:
             raise UsageError(f"{self.args.task}: the training data are not those that the run began with")
-        if saved and len(state["dropout"]) != ranks()[1]:
-            raise UsageError(f"the run began with {len(state['dropout'])} processes, and now there are {ranks()[1]}")
+        if saved and len(state["each"]) != ranks()[1]:
+            raise UsageError(f"the run was saved by {len(state['each'])} processes, and now there are {ranks()[1]}: torchrun --nproc-per-node={len(state['each'])} train.py --resume {self.args.out}")
         if self.log.out:
             self.log.rewind(state.get("logs", {}))
         if saved:
@@ -521,10 +544,14 @@ class Run:
             if self.search:
                 self.search.history, self.search.ever = state["search"]["history"], state["search"]["ever"]
                 self.search.generator.set_state(state["search"]["generator"])
-            if state["recording"]:
+            own = state["each"][ranks()[0]]
+            if own["recording"]:
                 self.recording = heterolora.Recording(self.adapters, heterolora.PROXIES[self.args.proxy].reads)
-                self.recording.batches, self.recording.sums = state["recording"]["batches"], {key: t.to(self.device) for key, t in state["recording"]["sums"].items()}
-            (torch.cuda.set_rng_state if self.device.type == "cuda" else torch.set_rng_state)(state["dropout"][ranks()[0]])
+                self.recording.batches, self.recording.sums = own["recording"]["batches"], {key: t.to(self.device) for key, t in own["recording"]["sums"].items()}
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(own["dropout"], self.device)
+            else:
+                torch.set_rng_state(own["dropout"])
         return saved
 
 
@@ -725,6 +752,8 @@ def evaluate_run(args):
         raise UsageError(f"{args.eval} tells {len(model.labels)} classes of {model.texts} text(s): task {args.task} is another thing")
     split = data.Batches(task.dev, model.tokenizer, args.max_length, device)
     values = evaluate(model, split, task.metric)
+    if ranks()[0]:
+        return values
     print(f"eval    {args.task} dev, {len(split.labels):,} examples | " + " | ".join(f"{name} {value!r}" for name, value in values.items()))
     files.export(args, model.eval(), model.adapters, print)
     return values
@@ -766,8 +795,8 @@ def main(argv=None):
         print(f"train.py: stopped: {error}", file=sys.stderr)
         return 1
     except (OSError, Interrupted, KeyboardInterrupt) as error:
-        kept = args and args.out and os.path.isfile(os.path.join(args.out, "config.json"))
-        print(f"train.py: stopped: {error or 'interrupted'}" + (f"; go on with: {resuming(args)}" if kept else "; nothing was kept" + ", for want of --out" * bool(args and not args.out)), file=sys.stderr)
+        if isinstance(error, OSError) or ranks()[0] == 0:
+            print(f"train.py: stopped: {str(error) or 'interrupted'}{args and what_is_kept(args) or ''}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 130
     finally:
         if dist.is_initialized():
