@@ -183,8 +183,10 @@ def _read(path):
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: cannot be read as UTF-8, byte {error.start} is {error.object[error.start]:#x}: save it as UTF-8") from None
 
 
 def load_tokenizer(folder):
@@ -208,7 +210,7 @@ def load_tokenizer(folder):
             return BPE(files.read_json(path("vocab.json")), merges, options.get("add_prefix_space", False))
     except files.InputError as error:
         raise DataError(f"{folder}: {error}" if folder not in str(error) else str(error)) from None
-    raise DataError(f"{folder}: no tokenizer here: neither vocab.txt nor vocab.json with merges.txt")
+    raise DataError(f"{folder}: no tokenizer here: neither vocab.txt nor vocab.json with merges.txt (tokenizer.json is not read)")
 
 
 # ------------------------------------------------------------------------------------------------ tasks and metrics
@@ -261,7 +263,7 @@ def read_glue(path, texts, label, labels):
     header = None if isinstance(label, int) else lines.pop(0).split("\t") if lines else []
     missing = [c for c in (*texts, label) if header is not None and c not in header]
     if missing:
-        raise DataError(f"{path}, line 1: no column {', '.join(missing)}; there are: {', '.join(header)}")
+        raise DataError(f"{path}, line 1: no column {', '.join(missing)}; there are, separated by tabs: {', '.join(header) or 'none, the file is empty'}")
     *texts, label = [c if header is None else header.index(c) for c in (*texts, label)]
     width, examples = max(*texts, label) + 1 if header is None else len(header), []
     for number, line in enumerate(lines, 1 if header is None else 2):
@@ -269,7 +271,7 @@ def read_glue(path, texts, label, labels):
         if "\0" in line:
             raise DataError(f"{path}, line {number}: a NUL byte, which no text has: is the file damaged, or UTF-16?")
         if len(fields) != width:
-            raise DataError(f"{path}, line {number}: {len(fields)} columns instead of {width}")
+            raise DataError(f"{path}, line {number}: {len(fields)} columns instead of {width}" if line else f"{path}, line {number}: an empty line")
         if fields[label] not in labels:
             raise DataError(f"{path}, line {number}: label {fields[label]!r} is not one of {', '.join(labels)}")
         examples.append((fields[texts[0]], fields[texts[1]] if len(texts) > 1 else None, labels.index(fields[label])))
@@ -316,6 +318,8 @@ def split_mrpc(text, dev_ids):
 
 def download_glue(name):
     """A GLUE task from dl.fbaipublicfiles.com, or $GLUE_ENDPOINT, into the cache, once -> data_dir for splits. Raises InputError."""
+    if name != "mrpc" and name not in ZIPS:
+        raise DataError(f"task {name} cannot be downloaded: give --data-dir, the folder that holds {GLUE[name][0]}/train.tsv")
     data_dir, endpoint = files.cache_path("glue"), (os.environ.get("GLUE_ENDPOINT") or "https://dl.fbaipublicfiles.com").rstrip("/")
     paths, sources = splits(name, data_dir), MRPC if name == "mrpc" else {f"glue/data/{ZIPS[name]}.zip": None}
     if all(map(os.path.isfile, paths)):
@@ -343,6 +347,8 @@ def load_task(name, data_dir=None):
     if name not in GLUE:
         raise DataError(f"no task {name!r}; there are: {', '.join((*BUILT_IN, *GLUE))}")
     folder, *columns, metric = GLUE[name]
+    if data_dir is not None and not os.path.isdir(os.path.join(data_dir, folder)):
+        raise DataError(f"{data_dir} has no folder {folder} in it: --data-dir is the folder above {folder}/train.tsv")
     train, dev = splits(name, download_glue(name) if data_dir is None else data_dir)
     return Task(read_glue(train, *columns), read_glue(dev, *columns), len(columns[-1]), metric, columns[-1])
 

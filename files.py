@@ -316,6 +316,8 @@ def read_safetensors(path):
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if head == b"version ":
+            raise CheckpointError(f"{path}: not the file itself but Git's pointer to it: run git lfs pull")
         if 8 + length > size:
             raise CheckpointError(f"{path}: truncated: the header wants {8 + length} bytes, the file has {size}")
         if length > LONGEST_HEADER:
@@ -513,11 +515,20 @@ class Log:
     def __init__(self, out, silent=False):
         self.silent, self.out = silent, None if silent else out
         if self.out:
-            os.makedirs(out, exist_ok=True)
             try:
+                os.makedirs(out, exist_ok=True)
                 self.lock = lock(os.path.join(out, "log.jsonl"), wait=False)
             except BlockingIOError:
                 raise InputError(f"--out {out} is in use: another process is writing to it") from None
+            except OSError as error:
+                raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+
+    def abandon(self):
+        """Take the folder away again, if there is nothing in it"""
+        with contextlib.suppress(OSError):
+            if self.out and os.listdir(self.out) == ["log.jsonl"] and not os.path.getsize(os.path.join(self.out, "log.jsonl")):
+                os.remove(os.path.join(self.out, "log.jsonl"))
+                os.rmdir(self.out)
 
     def __call__(self, line, **record):
         if not self.silent:

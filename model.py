@@ -66,6 +66,8 @@ class EncoderConfig:
     def from_folder(cls, folder):
         """Read folder/config.json. Fields it leaves out get the model type's own defaults. Raises CheckpointError."""
         path = os.path.join(folder, "config.json")
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{folder}: no Hugging Face checkpoint, there is no config.json in it")
         fields = files.read_json(path, CheckpointError)
         if "model_type" not in fields:
             raise CheckpointError(f"{path}: not a Hugging Face encoder config (no model_type)")
@@ -200,11 +202,13 @@ class Classifier(nn.Module):
 def find_pretrained(name):
     """A folder, or the id of a model on the Hugging Face hub, which is downloaded into the cache -> folder. Raises InputError."""
     name = os.fspath(name)
-    if not os.path.isdir(name) and re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?", name, re.ASCII):
+    if not os.path.exists(name) and re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?", name, re.ASCII):
         try:
             return files.hub_folder(name, EncoderConfig.from_folder)
         except files.DownloadError as error:
             raise CheckpointError(f"{name} is no folder here, and as an id on the Hugging Face hub: {error}") from None
+    if os.path.isfile(name):
+        raise CheckpointError(f"{name} is a file: give the folder that it is in")
     if not os.path.isdir(name):
         raise CheckpointError(f"{name}: no such folder, nor can it be an id on the Hugging Face hub; give a checkpoint folder, or an id such as roberta-base")
     return name

@@ -245,7 +245,7 @@ def test_bad_checkpoints_say_what_and_where(tmp_path, kind, message):
 def test_missing_and_damaged_files_say_so(tmp_path):
     with pytest.raises(encoders.CheckpointError, match="no such folder"):
         encoders.load_pretrained(tmp_path / "nowhere")
-    with pytest.raises(encoders.CheckpointError, match="config.json: cannot be read"):
+    with pytest.raises(encoders.CheckpointError, match="no Hugging Face checkpoint, there is no config.json in it"):
         encoders.load_pretrained(tmp_path)
     checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 12)
@@ -357,7 +357,7 @@ def test_glue_syntax_is_tabs_and_line_ends_only_and_errors_name_file_and_line(tm
     assert task.train == [('An "unbalanced quote.', None, 1), ("Line\u2028separator.", None, 0)] and len(task.dev) == 1
     put("RTE", "train.tsv", "\ufeffindex\tsentence1\tsentence2\tlabel\n0\ta\tb\tnot_entailment\n1\ta\tb\tentailment\n".encode())
     put("MNLI", "train.tsv", b"index\tsentence1\tsentence2\tlabel1\tgold_label\n0\ta\tb\tneutral\tcontradiction\n")
-    for name, text, message in (("dev.tsv", b"index\tsentence1\tlabel\n", "line 1: no column sentence2"), ("dev.tsv", b"", "line 1: no column"),
+    for name, text, message in (("dev.tsv", b"index\tsentence1\tlabel\n", "line 1: no column sentence2"), ("dev.tsv", b"", "none, the file is empty"), ("dev.tsv", b"index\tsentence1\tsentence2\tlabel\n\n0\ta\tb\tentailment\n", "line 2: an empty line"),
                                 ("dev.tsv", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\ta\n", "line 3: 2 columns instead of 4"),
                                 ("dev.tsv", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tyes\n", "line 2: label 'yes' is not one of entailment"),
                                 ("dev.tsv", b"index\tsentence1\tsentence2\tlabel\n", "no examples"), ("dev.tsv", b"\xff\xfe\n", "cannot be read"),
@@ -367,6 +367,8 @@ def test_glue_syntax_is_tabs_and_line_ends_only_and_errors_name_file_and_line(tm
         with pytest.raises(data.DataError, match=message) as error:
             data.load_task("rte", tmp_path)
         assert os.path.join("RTE", "dev.tsv") in str(error.value)
+    with pytest.raises(data.DataError, match="has no folder QNLI in it: --data-dir is the folder above"):
+        data.load_task("qnli", tmp_path)
     with pytest.raises(data.DataError, match="dev_matched.tsv: cannot be read"):
         data.load_task("mnli", tmp_path)
     put("MNLI", "dev_matched.tsv", b"index\tsentence1\tsentence2\tgold_label\n0\ta\tb\tneutral\n")
@@ -1275,7 +1277,7 @@ def test_a_run_can_be_looked_at_afterwards(small_encoder, tmp_path, capsys):
     (["--budget", "200%"], "out of range: give a share"), (["--budget", "9999999"], "out of range"), (["--budget", "-3"], "out of range"), (["--targets", "q,query"], "called 'query'"),
     (["--shortcuts", "residual"], "called 'residual'"), (["--targets", "none", "--shortcuts", "none"], "search space is empty"),
     (["--rank", "17"], "rank 17"), (["--rank", "0"], "at least 1"), (["--train-limit", "0"], "at least 1"), (["--lr", "-1"], "over 0"), (["--epochs", "inf"], "out of range"),
-    (["--epochs", "many"], "invalid number"), (["--device", "abacus"], "--device abacus"), (["--out", "/proc/nowhere/run"], "/proc/nowhere"), (["--model", "/nowhere"], "no such folder"),
+    (["--epochs", "many"], "invalid number"), (["--device", "abacus"], "--device abacus"), (["--out", "/proc/nowhere/run"], "--out /proc/nowhere/run cannot be written"), (["--model", "/nowhere"], "no such folder"), (["--model", os.path.join(HERE, "train.py")], "is a file: give the folder"),
     (["--probe", "inline", "--proxy", "ablation"], "ablation needs passes of its own; use --probe separate, or one of grad-norm"), (["--warmup-rank", "9"], "from 1 to --rank, 8"),
     (["--svg", "x.svg"], "--svg needs --show"), (["--show", "/nowhere"], "--show takes the flags of the run"),
     (["--max-length", "70000", "--model", HERE], "config.json"), (["--proxy", "best"], "constant"), (["--colour", "red"], "--colour")])
@@ -1286,6 +1288,11 @@ def test_bad_input_is_one_clear_line_and_status_2(small_encoder, capsys, flags, 
         status = error.code
     stderr = capsys.readouterr().err
     assert status == 2 and message in stderr and stderr.count("\n") == 1
+
+
+def test_what_fails_before_training_leaves_no_folder(small_encoder, tmp_path):
+    for flags in (["--budget", "-3"], ["--task", "mrpc"], ["--model", str(tmp_path)]):
+        assert main("--model", small_encoder, "--out", tmp_path / "new" / "run", *flags) == 2 and not (tmp_path / "new" / "run").exists()
 
 
 def test_an_out_folder_in_use_is_left_alone(small_encoder, tmp_path):
@@ -1615,7 +1622,7 @@ def test_hostile_safetensors_are_refused(tmp_path, header, message):
         files.read_safetensors(tmp_path / "t")
 
 
-@pytest.mark.parametrize("raw,message", [(b"", "truncated"), (b"\0" * 7, "truncated"), (b"\0" * 8, "not a safetensors header"), (struct.pack("<Q", 2**31) + b"{}", "truncated: the header wants 2147483656"),
+@pytest.mark.parametrize("raw,message", [(b"", "truncated"), (b"\0" * 7, "truncated"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"\0" * 8, "not a safetensors header"), (struct.pack("<Q", 2**31) + b"{}", "truncated: the header wants 2147483656"),
                                          (struct.pack("<Q", 2**64 - 1) + b"{}", "truncated"), (struct.pack("<Q", 100_000) + b"[" * 100_000, "not a safetensors header"), (struct.pack("<Q", 2) + b"\xff{", "not a safetensors"),
                                          (struct.pack("<Q", 3) + b" {}", "not a safetensors"), (struct.pack("<Q", 5) + b"\xef\xbb\xbf{}", "not a safetensors"), (struct.pack("<Q", 4) + "{}".encode("utf-16-le"), "not a safetensors"),
                                          (struct.pack("<Q", 113) + b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}        ' + b"x", "not a safetensors")])
@@ -1729,7 +1736,7 @@ def main(*flags):
 
 @pytest.mark.parametrize("method,flags", [("dynamic", ["--granularity", "rank", "--proxy", "spectral"]), ("static", ["--pooling", "cls"]), ("lora", ["--targets", "all"]), ("head", []), ("full", ["--lr", "1e-3"])])
 @pytest.mark.parametrize("task", ["paraphrase", "acceptability"])
-def test_a_saved_run_evaluates_to_the_last_digit_and_predicts_the_same(small_encoder, tmp_path, capsys, method, flags, task):
+def test_a_saved_run_evaluates_to_the_last_digit_and_predicts_the_same(small_encoder, tmp_path, monkeypatch, capsys, method, flags, task):
     out = tmp_path / "run"
     result, _ = run(small_encoder, "--method", method, "--task", task, "--lr", "0.02", "--head-lr", "0.02", *flags, out=out)
     assert train.evaluate_run(train.parse_args(["--eval", str(out)])) == result["dev"]
@@ -1743,10 +1750,13 @@ def test_a_saved_run_evaluates_to_the_last_digit_and_predicts_the_same(small_enc
         with torch.no_grad():
             rows.append(model(*inputs).softmax(1)[0])
         assert main("--predict", out, *texts) == 0
-        label, probability = re.fullmatch(r"label (\d) \| probability (0\.\d+)\n", capsys.readouterr().out).groups()
+        last = capsys.readouterr().out.removesuffix("\n")
+        label, probability = re.fullmatch(r"label (\d) \| probability (0\.\d+)", last).groups()
         assert int(label) == rows[-1].argmax() and abs(float(probability) - rows[-1].max()) < 1e-4
     assert not model.training and len({round(row[0].item(), 6) for row in rows}) > 1
-    assert main("--predict", out, *["x"] * (3 - len(texts))) == 2 and f"wants {('one text', 'two texts')[len(texts) - 1]} after it" in capsys.readouterr().err
+    assert main("--predict", out, *["x"] * (3 - len(texts))) == 2 and f"wants {('one text', 'two texts')[len(texts) - 1]}" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join("\t".join(filter(None, texts)) + "\n" for *texts, _ in dev[:3])))
+    assert len(train.predict_texts(train.parse_args(["--predict", str(out)]))) == 3 and capsys.readouterr().out.splitlines()[1] == last
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -1885,7 +1895,7 @@ def test_what_cannot_be_resumed_says_why_and_is_left_alone(small_encoder, tmp_pa
                                    ("config.json", b'{}', "task None is not one of"), ("config.json", before["config.json"].replace(b'"dynamic"', b'"magic"'), "method 'magic' is not one of"),
                                    *(("config.json", re.sub(rf'"{key}": [^,]+,'.encode(), f'"{key}": {value},'.encode(), before["config.json"]), f"{key} cannot be .*: has the file been edited")
                                      for key, value in (("rank", '"4"'), ("batch_size", "0"), ("lr", '"a"'), ("epochs", "[]"), ("realloc_every", "0.0"), ("seed", "1.5"))),
-                                   ("config.json", before["config.json"].replace(b'"mean"', b'"middle"'), "pooling 'middle' is not one of"), ("config.json", before["config.json"].replace(b'"grad-norm"', b'"mine"'), "one of your own wants the script"),
+                                   ("config.json", before["config.json"].replace(b'"mean"', b'"middle"'), "pooling 'middle' is not one of"), ("config.json", before["config.json"].replace(b'"grad-norm"', b'"mine"'), "one of your own, and wants the script"),
                                    ("log.jsonl", b"", "log.jsonl is shorter than when the state of the run was saved")):
         (out / name).write_bytes(content)
         refused(message)
@@ -1895,7 +1905,7 @@ def test_what_cannot_be_resumed_says_why_and_is_left_alone(small_encoder, tmp_pa
     assert main("--eval", out) == 2 and "the run has not ended; go on with it: --resume" in capsys.readouterr().err
     assert main("--resume", tmp_path / "nowhere") == 2 and "holds no run" in capsys.readouterr().err
     assert main("--resume", out) == 0
-    assert main("--eval", out, "--task", "acceptability") == 2 and "is another thing" in capsys.readouterr().err
+    assert main("--eval", out, "--task", "acceptability") == 2 and "give a task of the same form" in capsys.readouterr().err
     (out / "adapters.pt").write_bytes(b"nonsense")
     assert main("--eval", out) == 2 and "adapters.pt: cannot be read" in capsys.readouterr().err
 

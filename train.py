@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -67,7 +68,7 @@ def number(kind, low, included=True, below=math.inf):
     def parse(text):
         value = kind(text)
         if not (value >= low if included else value > low) or not value < below:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {'at least' if included else 'over'} {low} and below {below}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {'at least' if included else 'over'} {low}" + ("" if below == math.inf else f" and below {below}"))
         return value
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
@@ -126,7 +127,7 @@ def parse_args(argv=None):
         ("--resume", str, None, "RUN_DIR", "go on with a run that was interrupted"))
     parser.add("using a run",
         ("--eval", str, None, "RUN_DIR", "evaluate a finished run on the dev set of its --task, or of another"),
-        ("--predict", str, None, "RUN_DIR TEXT", "label and probability of a text, or of two"),
+        ("--predict", str, None, "RUN_DIR TEXT", "label and probability of the text or two after it, or of every line of standard input"),
         ("--merge", str, None, "DIR", "after training, or with --eval: write a Hugging Face folder with LoRA folded into the weights"),
         ("--export-peft", str, None, "DIR", "the same as a Hugging Face PEFT adapter"),
         ("--show", str, None, "RUN_DIR", "print what the search of a run did, from its history.jsonl, and stop"),
@@ -161,7 +162,7 @@ def read_config(folder):
         if value is None and key not in ("task", "method", "proxy", "allocator", "model"):
             continue
         if choices is not None and value not in choices:
-            raise UsageError(f"{path}: {key} {value!r} is not one of {', '.join(choices)}; one of your own wants the script that registers it")
+            raise UsageError(f"{path}: {key} {value!r} is not one of {', '.join(choices)}; has the file been edited, or is it one of your own, and wants the script that registers it?")
         try:
             fits = key == "budget" or kind(",".join(value) or "none" if isinstance(value, list) else str(value)) == value
         except (ValueError, TypeError, argparse.ArgumentTypeError):
@@ -242,6 +243,7 @@ def prepare(args, device, log):
     built_in = args.model == "built-in"
     if built_in and args.task in data.GLUE:
         raise UsageError(f"task {args.task} needs --model, a Hugging Face folder or id: the built-in encoder knows only its own language")
+    args.data_dir = args.data_dir and os.path.abspath(args.data_dir)
     task = read_task(args)
     if built_in:
         adapt(args, encoders.Encoder(encoders.built_in_config()))  # a rehearsal: bad flags show before a minute of pre-training
@@ -371,6 +373,7 @@ def make_optimizer(args, model, total):
 
 def begin(args):
     """Refuse bad input, then say and save what will be run -> log, device and what `prepare` gives. Raises UsageError."""
+    log = None
     try:
         device = start(args)
         if args.out and not args.resume and ranks()[0] == 0:
@@ -381,6 +384,8 @@ def begin(args):
         with first_process_first():
             prepared = prepare(args, device, log)
     except (ValueError, OSError) as error:
+        if log:
+            log.abandon()
         raise UsageError(str(error)) from None
     config = {key: value for key, value in vars(args).items() if key not in ("command", "torch", "svg", *WITH)}
     log(f"command {args.command}")
@@ -748,8 +753,9 @@ def evaluate_run(args):
     model = rebuild(args, device)
     files.check_export(args, [name for name, lora in model.adapters.items() if lora.shortcut and lora.rank])
     task = data.load_task(args.task, args.data_dir)
-    if (task.num_labels, 1 if task.dev[0][1] is None else 2) != (len(model.labels), model.texts):
-        raise UsageError(f"{args.eval} tells {len(model.labels)} classes of {model.texts} text(s): task {args.task} is another thing")
+    texts = 1 if task.dev[0][1] is None else 2
+    if ([*task.labels], texts) != (model.labels, model.texts):
+        raise UsageError(f"{args.eval} sorts examples of {model.texts} text(s) into {', '.join(model.labels)}, and {args.task} has {texts} and {', '.join(task.labels)}: give a task of the same form")
     split = data.Batches(task.dev, model.tokenizer, args.max_length, device)
     values = evaluate(model, split, task.metric)
     if ranks()[0]:
@@ -760,23 +766,27 @@ def evaluate_run(args):
 
 
 def predict_texts(args):
-    """--predict: print label and probability -> (label, probability)"""
-    _, *texts = args.predict
-    device = start(args)
+    """--predict: print label and probability, of the texts given or of every line of standard input -> [(label, probability), ...]"""
+    folder, *texts = args.predict
+    device, found = start(args), []
     model = rebuild(args, device)
-    if len(texts) != model.texts:
-        raise UsageError(f"--predict {args.predict[0]} wants {('one text', 'two texts')[model.texts - 1]} after it, and {len(texts)} came")
-    inputs = data.pad([model.tokenizer.encode(texts[0], *texts[1:], max_length=args.max_length)], model.tokenizer.pad_id)
-    with torch.inference_mode():
-        probability, i = predict(model, [t.to(device) for t in inputs]).softmax(1)[0].max(0)
-    print(f"label {model.labels[i]} | probability {probability:.4f}")
-    return model.labels[i], probability.item()
+    for texts in [texts] if texts else (line.rstrip("\r\n").split("\t") for line in sys.stdin):
+        if len(texts) != model.texts:
+            raise UsageError(f"--predict {folder} wants {('one text', 'two texts (a line: with a tab between them)')[model.texts - 1]}, and {len(texts)} came")
+        inputs = data.pad([model.tokenizer.encode(texts[0], *texts[1:], max_length=args.max_length)], model.tokenizer.pad_id)
+        with torch.inference_mode():
+            probability, i = predict(model, [x.to(device) for x in inputs]).softmax(1)[0].max(0)
+        found.append((model.labels[i], probability.item()))
+        print(f"label {model.labels[i]} | probability {probability:.4f}", flush=True)
+    return found
 
 
 def main(argv=None):
     """Run the command line -> exit status: 0, 1 for a fault during the run, 2 for bad input, 130 for Ctrl-C"""
     warnings.formatwarning = lambda message, *_: f"train.py: warning: {message}\n"
     args = None
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args = parse_args(argv)
         if args.show:
