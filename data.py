@@ -283,7 +283,7 @@ def read_glue(path, texts, label, labels):
 ZIPS = {"cola": "CoLA", "sst2": "SST-2", "rte": "RTE", "qnli": "QNLIv2", "qqp": "QQP-clean", "mnli": "MNLI"}
 MRPC = {"senteval/senteval_data/msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
         "glue/data/mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"}  # file: SHA-256
-LARGEST = 2**29  # bytes of a GLUE file, unpacked; MNLI's have 80 MB
+LARGEST = 2**29  # bytes of an unpacked GLUE file: far more than any should have
 
 
 def splits(name, data_dir):

@@ -264,6 +264,7 @@ def hub_folder(name, check):
             with contextlib.suppress(NotThere):
                 fetch(f"{endpoint}/{name}/resolve/main/{file}", os.path.join(folder, file), token=os.environ.get("HF_TOKEN"))
                 return file
+
     def complete():
         return any(os.path.isfile(os.path.join(folder, file)) for file in WEIGHTS)  # they come last
 

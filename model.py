@@ -322,7 +322,7 @@ def built_in_folder(log):
     """Folder of the small encoder of the built-in language, pre-trained once and then kept in the cache"""
     tokenizer, config = data.built_in_tokenizer(), built_in_config()
     makers = (data.Tokenizer, data.WordPiece, data.Language, data.built_in_corpus, data.pad, data.batches, Layer, Encoder, pretrain)
-    recipe = repr((config, BUILT_IN_PRETRAINING, BUILT_IN_CORPUS, data.LEXICON, [*tokenizer.vocab], *map(inspect.getsource, makers), torch.__version__))
+    recipe = repr((config, BUILT_IN_PRETRAINING, BUILT_IN_CORPUS, data.LEXICON, data.ARTICLES, [*tokenizer.vocab], *map(inspect.getsource, makers), torch.__version__))
     folder = files.cache_path("encoder-" + hashlib.sha256(recipe.encode()).hexdigest()[:16])
     if not os.path.isdir(folder):
         with files.lock(files.cache_path("lock")):
