@@ -353,9 +353,9 @@ def load_task(name, data_dir=None):
     return Task(read_glue(train, *columns), read_glue(dev, *columns), len(columns[-1]), metric, columns[-1])
 
 
-def pad(sequences, pad_id):
-    """list of (input_ids, token_type_ids) -> input_ids, attention_mask, token_type_ids, each (B, T) int64, T the longest"""
-    T = max(len(ids) for ids, _ in sequences)
+def pad(sequences, pad_id, at_least=0):
+    """list of (input_ids, token_type_ids) -> input_ids, attention_mask, token_type_ids, each (B, T) int64, T the longest, or at_least"""
+    T = max(at_least, *(len(ids) for ids, _ in sequences))
     rows = [(ids + [pad_id] * (T - len(ids)), [1] * len(ids) + [0] * (T - len(ids)), types + [0] * (T - len(ids))) for ids, types in sequences]
     return tuple(torch.tensor(column) for column in zip(*rows))
 
@@ -380,11 +380,12 @@ class Batches:
     def __init__(self, split, tokenizer, max_length, device):
         self.encoded = [tokenizer.encode(text, pair, max_length) for text, pair, _ in split]
         self.labels, self.lengths = [label for *_, label in split], [len(ids) for ids, _ in self.encoded]
-        self.pad_id, self.device = tokenizer.pad_id, device
+        self.pad_id, self.max_length, self.device = tokenizer.pad_id, max_length, device
 
     def __getitem__(self, indices):
         """list of int -> (input_ids, attention_mask, token_type_ids), each (B, T), and labels (B,)"""
-        inputs = pad([self.encoded[i] for i in indices], self.pad_id)
+        longest = max(self.lengths[i] for i in indices)  # of every shape the libraries beneath torch keep code and memory: fewer, in steps of 8
+        inputs = pad([self.encoded[i] for i in indices], self.pad_id, min(-(-longest // 8) * 8, self.max_length))
         return tuple(t.to(self.device) for t in inputs), torch.tensor([self.labels[i] for i in indices], device=self.device)
 
     def parts(self, indices, accumulate=1, rank=0, world=1):

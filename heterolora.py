@@ -86,7 +86,8 @@ class LoRA(nn.Module):
         return self.merged or (self.rank == 0 and not (self.ghost and torch.is_grad_enabled()))
 
     def _delta(self, x, ranks):
-        return F.linear(F.linear(x, self.A[ranks]), self.B[:, ranks]) * self.scale  # (..., d_in) -> (..., r) -> (..., d_out)
+        A, B = self.A[ranks].to(x.dtype), self.B[:, ranks].to(x.dtype)  # the model may be in bfloat16, LoRA is not
+        return F.linear(F.linear(x, A) * self.scale, B)  # (..., d_in) -> (..., r) -> (..., d_out)
 
     def forward(self, x):
         """x (..., d_in) -> dW x (..., d_out)"""
@@ -133,7 +134,7 @@ class LoRALinear(nn.Module):
             raise RuntimeError("merged already; call unmerge first")
         self.original = self.host.weight.data  # kept, so that unmerge is exact
         ranks = slice(0, self.lora.rank)
-        self.host.weight.data = self.original + self.lora.scale * self.lora.B[:, ranks] @ self.lora.A[ranks]
+        self.host.weight.data = (self.original + self.lora.scale * self.lora.B[:, ranks] @ self.lora.A[ranks]).to(self.original.dtype)
         self.lora.merged = True
 
     def unmerge(self):
@@ -211,12 +212,14 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0):
     for name in (name for name in modules if name in chosen):  # the model's own order, not that of the arguments
         old, generator = modules[name], torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         if isinstance(old, nn.Linear):
-            adapters[name] = LoRA(old.in_features, old.out_features, rank, alpha, generator).to(old.weight)
+            adapters[name] = LoRA(old.in_features, old.out_features, rank, alpha, generator)
             replaced[name] = LoRALinear(old, adapters[name])
         else:
             width = model.config.hidden_size
-            adapters[name] = LoRA(width, width, rank, alpha if shortcut_alpha is None else shortcut_alpha, generator).to(next(model.parameters()))
+            adapters[name] = LoRA(width, width, rank, alpha if shortcut_alpha is None else shortcut_alpha, generator)
             replaced[name] = LoRAShortcut(adapters[name], identity=isinstance(old, nn.Identity))
+        frozen = old.weight if isinstance(old, nn.Linear) else next(model.parameters())
+        adapters[name].to(frozen.device, torch.promote_types(frozen.dtype, torch.float32))  # in 16 bits small steps would be lost
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for lora in adapters.values():
@@ -259,12 +262,12 @@ def size(adapters):
 # dL/dB = scale G A^T. So x and d tell all of them, for modules that are off as for those that are on, and any backward
 # pass will do, that of an ordinary training step too.
 
-READINGS = {  # what a proxy can ask for: (lora, x (n, t, d_in), d (n, t, d_out)) -> its value for this batch
-    "dA": lambda lora, x, d: lora.scale * (d @ lora.B).flatten(0, 1).T @ x.flatten(0, 1),  # (r_max, d_in)
-    "dB": lambda lora, x, d: lora.scale * d.flatten(0, 1).T @ (x @ lora.A.T).flatten(0, 1),  # (d_out, r_max)
-    "G": lambda lora, x, d: d.flatten(0, 1).T @ x.flatten(0, 1),  # (d_out, d_in)
+READINGS = {  # what a proxy can ask for: (scale A, scale B, x (n, t, d_in), d (n, t, d_out)) -> its value for this batch
+    "dA": lambda sA, sB, x, d: (d @ sB).flatten(0, 1).T @ x.flatten(0, 1),  # (r_max, d_in)
+    "dB": lambda sA, sB, x, d: d.flatten(0, 1).T @ (x @ sA.T).flatten(0, 1),  # (d_out, r_max)
+    "G": lambda sA, sB, x, d: d.flatten(0, 1).T @ x.flatten(0, 1),  # (d_out, d_in)
     # a batch's loss is the mean of its examples' losses l_i, so n d_i belongs to l_i
-    "fisher_B": lambda lora, x, d: (len(x) * lora.scale * d.transpose(1, 2) @ (x @ lora.A.T)).square().sum(0),  # sum_i (dl_i/dB)^2 (d_out, r_max)
+    "fisher_B": lambda sA, sB, x, d: (len(x) * d.transpose(1, 2) @ (x @ sA.T)).square().sum(0),  # sum_i (dl_i/dB)^2 (d_out, r_max)
 }
 
 
@@ -285,9 +288,12 @@ class Recording:
     @torch.no_grad()
     def _add(self, name, x, d):
         lora = self.adapters[name]
-        x, d = (t.reshape(len(t), math.prod(t.shape[1:-1]), t.shape[-1]).to(lora.A.dtype) for t in (x, d))
+        x, d = (t.reshape(len(t), math.prod(t.shape[1:-1]), t.shape[-1]) for t in (x, d))
+        sA, sB = ((lora.scale * t).to(x.dtype) for t in (lora.A, lora.B))
         for key in self.reads:
-            value = READINGS[key](lora, x, d / self.share if key == "fisher_B" else d)
+            if key == "dA" and (name, key) in self.sums and not lora.B.any():
+                continue  # it is zero
+            value = READINGS[key](sA, sB, x, d / self.share if key == "fisher_B" else d).to(lora.A.dtype)
             self.sums[name, key] = self.sums[name, key].add_(value) if (name, key) in self.sums else value
 
     def __enter__(self):
@@ -584,6 +590,36 @@ def uniform(scores, costs, budget, generator):
     while rank and sum(sum(c[:rank]) for c in costs.values()) > budget:
         rank -= 1
     return {name: min(rank, len(c)) for name, c in costs.items()}
+
+
+def _one_rank_each(costs, budget, order):
+    """One rank for every module, then a second, and so on while the budget lasts; within a round the layers take their turn by order(layer, last)"""
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in costs))
+    names = sorted(costs, key=lambda name: order(layers.index(name.rpartition(".")[0]), len(layers) - 1))
+    ranks = dict.fromkeys(costs, 0)
+    for rank in range(max(map(len, costs.values()), default=0)):
+        for name in names:
+            if ranks[name] == rank < len(costs[name]) and costs[name][rank] <= budget:
+                ranks[name], budget = rank + 1, budget - costs[name][rank]
+    return ranks
+
+
+@allocator("first-layers")
+def first_layers(scores, costs, budget, generator):
+    """A baseline: uniform as far as the budget goes, and what is left of it, or all if it is short, from the first layer on"""
+    return _one_rank_each(costs, budget, lambda i, last: i)
+
+
+@allocator("middle-layers")
+def middle_layers(scores, costs, budget, generator):
+    """A baseline: the same from the middle on"""
+    return _one_rank_each(costs, budget, lambda i, last: abs(2 * i - last))
+
+
+@allocator("last-layers")
+def last_layers(scores, costs, budget, generator):
+    """A baseline: the same from the last layer on"""
+    return _one_rank_each(costs, budget, lambda i, last: -i)
 
 
 # -------------------------------------------------------------------------------------------------- the search

@@ -52,6 +52,8 @@ class EncoderConfig:
         wrong += [f"{name}={getattr(self, name)} (want at least 1)" for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "max_position_embeddings", "type_vocab_size") if not wrong and getattr(self, name) < 1]
+        wrong += [f"{name}={getattr(self, name)} (want from 0 to 0.99)" for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")
+                  if not wrong and not 0 <= getattr(self, name) <= 0.99]
         if wrong:
             raise CheckpointError("encoder config: " + ", ".join(wrong))
         if self.model_type not in ("bert", "roberta"):
@@ -82,6 +84,42 @@ class EncoderConfig:
             raise CheckpointError(f"{path}: {error}") from None
 
 
+SHORT = 128  # tokens up to which attention written out is faster on a CPU than the fused kernel, which knows no dropout there either
+
+
+class Linear(nn.Linear):
+    """nn.Linear. On an AMD processor a frozen one in float32 is computed as a convolution: the same sums at twice the speed, since MKL,
+    which nn.Linear calls, does not use what such a processor has, and oneDNN, which a convolution calls, does."""
+    slow = "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))
+
+    def forward(self, x):
+        """x (..., d_in) -> (..., d_out)"""
+        if not self.slow or self.weight.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu":
+            return super().forward(x)
+        image = x.reshape(len(x), -1, 1, self.in_features).permute(0, 3, 1, 2)  # (B, d_in, T, 1), channels last in memory
+        y = F.conv2d(image, self.weight[:, :, None, None], self.bias)  # (B, d_out, T, 1)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+
+
+class Dropout(nn.Module):
+    """Inverted dropout, as nn.Dropout. On the CPU from random bytes: a third of the cost, and p is rounded to a multiple of 1/256."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        """x, any shape -> the same, its elements zero with probability p, else scaled up"""
+        if not self.training or not self.p:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        n, threshold = x.numel(), round(self.p * 256)
+        noise = torch.empty((n + 7) // 8, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:n].view(x.shape)
+        keep = torch.ge(noise, threshold, out=torch.empty(x.shape, dtype=x.dtype))
+        return x * keep.mul_(256 / (256 - threshold))
+
+
 class Nothing(nn.Module):
     """A connection that is not there: adds nothing to a sum and costs nothing."""
 
@@ -104,24 +142,29 @@ class Layer(nn.Module):
     def __init__(self, config, first):
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
-        self.heads, self.attention_dropout = config.num_attention_heads, config.attention_probs_dropout_prob
-        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        self.heads, self.attention_dropout = config.num_attention_heads, Dropout(config.attention_probs_dropout_prob)
+        self.q, self.k, self.v, self.o = (Linear(D, D) for _ in range(4))
         self.residual_attn = nn.Identity()
         self.shortcut_ffn = None if first else Nothing()
         self.ln1 = nn.LayerNorm(D, eps=eps)
-        self.fc1, self.fc2 = nn.Linear(D, config.intermediate_size), nn.Linear(config.intermediate_size, D)
+        self.fc1, self.fc2 = Linear(D, config.intermediate_size), Linear(config.intermediate_size, D)
         self.activation = ACTIVATIONS[config.hidden_act]
         self.residual_ffn = nn.Identity()
         self.shortcut_attn = Nothing()
         self.ln2 = nn.LayerNorm(D, eps=eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def attention(self, x, bias):
         """x (B, T, D), bias (B, 1, 1, T) added to the scores -> (B, T, D)"""
         B, T, D = x.shape
         q, k, v = (p(x).view(B, T, self.heads, D // self.heads).transpose(1, 2) for p in (self.q, self.k, self.v))  # (B, H, T, D/H)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.attention_dropout if self.training else 0.0)
-        return self.dropout(self.o(x.transpose(1, 2).reshape(B, T, D)))
+        p = self.attention_dropout.p if self.training else 0.0
+        if x.device.type == "cpu" and (p or T <= SHORT):
+            scores = (q * (D // self.heads) ** -0.5) @ k.transpose(2, 3) + bias  # (B, H, T, T), bias is float32 at least: so is softmax
+            y = self.attention_dropout(scores.softmax(-1).to(v.dtype)) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=p)
+        return self.dropout(self.o(y.transpose(1, 2).reshape(B, T, D)))
 
     def forward(self, x, f_prev, bias):
         """x (B, T, D), f_prev (B, T, D) or None -> (f, y): the input of the feed-forward part and the layer's output"""
@@ -131,17 +174,21 @@ class Layer(nn.Module):
         return f, self.ln2(_sum(self.residual_ffn(f), ffn, self.shortcut_attn(x)))
 
 
+def _table(n, D):
+    """nn.Embedding(n, D), whose own way to begin takes a second and 70 MB on the meta device, where load_pretrained makes encoders"""
+    values = torch.empty(n, D)
+    return nn.Embedding.from_pretrained(values if values.is_meta else values.normal_(), freeze=False)
+
+
 class Encoder(nn.Module):
     """Embeddings and `config.num_hidden_layers` layers."""
 
     def __init__(self, config):
         super().__init__()
         self.config, D = config, config.hidden_size
-        self.word = nn.Embedding(config.vocab_size, D)
-        self.position = nn.Embedding(config.max_position_embeddings, D)
-        self.token_type = nn.Embedding(config.type_vocab_size, D)
+        self.word, self.position, self.token_type = (_table(n, D) for n in (config.vocab_size, config.max_position_embeddings, config.type_vocab_size))
         self.ln = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(Layer(config, first=i == 0) for i in range(config.num_hidden_layers))
         # RoBERTa counts positions from pad_token_id + 1 and gives padding the position pad_token_id
         self.first_position = config.pad_token_id + 1 if config.model_type == "roberta" else 0
@@ -154,8 +201,13 @@ class Encoder(nn.Module):
             return real.cumsum(1) * real + self.config.pad_token_id
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
 
+    def lower(self, dtype):
+        """Store what is frozen in `dtype`. All but the trainable adapters then computes in it; hidden states still come out in float32."""
+        for p in self.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(dtype)
+
     def forward(self, input_ids, attention_mask, token_type_ids=None):
-        """input_ids (B, T), attention_mask (B, T) with 1 for real tokens -> hidden states (B, T, D)
+        """input_ids (B, T), attention_mask (B, T) with 1 for real tokens -> hidden states (B, T, D), at least float32
 
         Raises ValueError for sequences longer than the position table.
         """
@@ -165,10 +217,11 @@ class Encoder(nn.Module):
         x = self.word(input_ids) + self.position(self.positions(input_ids)) + self.token_type(types)  # (B, T, D)
         x, f = self.dropout(self.ln(x)), None
         # the lowest finite number, not -inf: a row of padding alone must not give NaN
-        bias = (1 - attention_mask[:, None, None, :].to(x.dtype)) * torch.finfo(x.dtype).min  # (B, 1, 1, T)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        bias = (1 - attention_mask[:, None, None, :].to(wide)) * torch.finfo(wide).min  # (B, 1, 1, T)
         for layer in self.layers:
             f, x = layer(x, f, bias)
-        return x
+        return x.to(wide)
 
 
 class Classifier(nn.Module):

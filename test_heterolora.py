@@ -1764,7 +1764,7 @@ def test_a_saved_run_evaluates_to_the_last_digit_and_predicts_the_same(small_enc
 def test_a_merged_run_is_an_ordinary_checkpoint(small_encoder, tmp_path, method, pooling):
     """Loaded without any adapter, it computes what the run computes; the head stands where Hugging Face's classifiers have it, or apart."""
     out, merged = tmp_path / "run", tmp_path / "merged"
-    run(small_encoder, "--method", method, "--shortcuts", "none", "--targets", "all", "--granularity", "rank", "--pooling", pooling, "--lr", "0.05", out=out)
+    run(small_encoder, "--method", method, "--shortcuts", "none", "--targets", "all", "--granularity", "rank", "--pooling", pooling, "--lr", "0.05", "--precision", "float32", out=out)
     assert main("--eval", out, "--merge", merged) == 0
     model, (inputs, _) = train.load_run(out), tiny_batch()
     encoder = encoders.load_pretrained(merged, lambda line: None)
@@ -1788,7 +1788,7 @@ def test_a_merged_run_is_an_ordinary_checkpoint(small_encoder, tmp_path, method,
 def test_an_exported_run_is_what_peft_expects(small_encoder, tmp_path, pooling):
     """PEFT's own rule, written out: W + alpha / r * B A with r and alpha from the patterns, else from the config. (With the real PEFT it was compared by hand.)"""
     out, exported = tmp_path / "run", tmp_path / "peft"
-    result, _ = run(small_encoder, "--shortcuts", "none", "--targets", "all", "--granularity", "rank", "--proxy", "spectral", "--pooling", pooling, "--lr", "0.05", "--export-peft", str(exported), out=out)
+    result, _ = run(small_encoder, "--shortcuts", "none", "--targets", "all", "--granularity", "rank", "--proxy", "spectral", "--pooling", pooling, "--lr", "0.05", "--precision", "float32", "--export-peft", str(exported), out=out)
     config, tensors = json.load(open(exported / "adapter_config.json")), files.read_safetensors(exported / "adapter_model.safetensors")
     prefix, plain = "bert." * (pooling == "cls"), encoders.load_pretrained(small_encoder)
     names = {name: prefix + encoders.hf_name(name) for name in result["ranks"]}
@@ -1954,7 +1954,7 @@ def test_a_batch_in_parts_makes_the_same_steps_and_the_same_scores(still_encoder
     """91 examples: the last batch of an epoch has 3, fewer than the parts."""
     logs, scores = [], []
     for parts in ("1", "4"):
-        _, log = run(still_encoder, "--train-limit", "91", "--max-steps", "20", "--accumulate", parts, "--proxy", proxy, "--realloc-every", "0.25", "--lr", "0.02", out=tmp_path / parts)
+        _, log = run(still_encoder, "--train-limit", "91", "--max-steps", "20", "--accumulate", parts, "--proxy", proxy, "--realloc-every", "0.25", "--lr", "0.02", "--precision", "float32", out=tmp_path / parts)
         logs.append([r["loss"] for r in log if r["kind"] == "step"])
         scores.append([h["scores"] for h in map(json.loads, open(tmp_path / parts / "history.jsonl")) if "scores" in h])
     assert logs[0] == pytest.approx(logs[1], abs=1e-5) and len(scores[0]) == 7 and len(set(logs[0])) == 20
@@ -1976,7 +1976,7 @@ sys.exit(train.main())
 
 
 def test_two_processes_do_what_one_does_even_interrupted_between_two_readings(still_encoder, tmp_path):
-    flags = ["--model", still_encoder, *SMALL, "--train-limit", "91", "--max-steps", "20", "--lr", "0.02", "--realloc-every", "0.25", "--proxy", "fisher"]
+    flags = ["--model", still_encoder, *SMALL, "--train-limit", "91", "--max-steps", "20", "--lr", "0.02", "--realloc-every", "0.25", "--proxy", "fisher", "--precision", "float32"]
     assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
 
@@ -1993,6 +1993,202 @@ def test_two_processes_do_what_one_does_even_interrupted_between_two_readings(st
     one, two = ([json.loads(line) for line in open(tmp_path / name / "history.jsonl")][1:] for name in ("one", "two"))
     assert all(np.allclose([*a["scores"].values()], [*b["scores"].values()], rtol=1e-3, atol=1e-9) for a, b in zip(one, two))
     assert [h["ranks"] for h in one] == [h["ranks"] for h in two] and len(one) == 7 and json.load(open(tmp_path / "two" / "result.json"))["processes"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------- fast
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (3, 7), (2, 3, 4)])
+def test_a_frozen_linear_computed_as_a_convolution_is_the_same_map(shape, monkeypatch):
+    monkeypatch.setattr(encoders.Linear, "slow", True)
+    linear, x = encoders.Linear(24, 40).requires_grad_(False), torch.randn(*shape, 24, requires_grad=True)
+    W, b, g = linear.weight.double(), linear.bias.double(), torch.randn(*shape, 40)
+    y = linear(x)
+    y.backward(g)
+    assert y.shape == (*shape, 40) and torch.allclose(y.double(), x.double() @ W.T + b, atol=1e-5) and torch.allclose(x.grad.double(), g.double() @ W, atol=1e-5)
+    assert "Convolution" in graph(y)
+    assert "Convolution" not in graph(encoders.Linear(24, 40)(x))  # a trainable one is an ordinary linear
+
+
+def graph(y):
+    """Names of all steps that lead to a tensor"""
+    names, todo = [], [y.grad_fn]
+    while todo:
+        step = todo.pop()
+        if step is not None:
+            names.append(type(step).__name__)
+            todo += [before for before, _ in step.next_functions]
+    return " ".join(names)
+
+
+def test_dropout_drops_its_share_scales_up_the_rest_and_repeats_with_a_seed():
+    dropout, x = encoders.Dropout(0.1), torch.randn(400, 500, requires_grad=True)
+    torch.manual_seed(3)
+    y = dropout(x)
+    kept, p = y != 0, 26 / 256  # 0.1 to the nearest multiple of 1/256
+    y.sum().backward()
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y) and dropout.eval()(x) is x
+    assert abs((~kept).float().mean() - p) < 4 * math.sqrt(p * (1 - p) / x.numel()) and torch.allclose(y[kept], x[kept] / (1 - p)) and torch.allclose(x.grad, kept / (1 - p))
+    columns = (~kept).float().mean(0)
+    assert abs(columns.var() / (p * (1 - p) / 400) - 1) < 0.3  # no pattern: columns differ as much as chance makes them
+
+
+def test_attention_written_out_is_the_fused_one_and_its_dropout_works(monkeypatch):
+    inputs, classifier = tiny_batch()[0], tiny_classifier(attention_probs_dropout_prob=0.5)
+    written = classifier.eval().encoder(*inputs)
+    monkeypatch.setattr(encoders, "SHORT", 0)
+    assert torch.allclose(classifier.encoder(*inputs), written, atol=1e-6)
+    assert not torch.equal(classifier.train().encoder(*inputs), classifier.encoder(*inputs))  # nothing else is random here
+
+
+def test_batches_are_padded_to_a_multiple_of_eight_but_not_beyond_the_longest_allowed():
+    task, tokenizer = data.built_in_task("sentiment", train=40, dev=2), data.built_in_tokenizer()
+    widths = {data.Batches(task.train, tokenizer, limit, torch.device("cpu"))[[0, 1]][0][0].shape[1] for limit in (64, 9, 7)}
+    assert {w % 8 for w in widths - {9, 7}} == {0} and {9, 7} < widths
+
+
+def test_in_bfloat16_only_what_is_frozen_is_and_the_loss_hardly_moves(small_encoder, tmp_path):
+    losses = {}
+    for precision in train.PRECISIONS:
+        args = train.parse_args(["--model", small_encoder, "--targets", "all", "--precision", precision, *SMALL])
+        model, adapters = train.prepare(args, torch.device("cpu"), print)[2:]
+        model.eval()
+        assert {p.dtype for p in model.encoder.parameters() if not p.requires_grad} == {train.PRECISIONS[precision]} and {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        batch = tiny_batch()
+        losses[precision] = train.loss_fn(model, batch).item()
+        assert model.encoder(*batch[0]).dtype == torch.float32
+    assert losses["bfloat16"] != losses["float32"] == pytest.approx(losses["bfloat16"], abs=0.01)
+
+
+def test_bfloat16_is_for_processors_that_have_it(monkeypatch, small_encoder):
+    for able, precision in (({}, "float32"), ({"avx512_bf16": False, "amx_bf16": False}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+        assert train.fast_precision(torch.device("cpu")) == precision
+    assert main("--model", small_encoder, "--method", "full", "--precision", "bfloat16") == 2
+
+
+def test_a_run_in_bfloat16_is_evaluated_to_the_last_digit_and_merged_into_the_checkpoint_as_it_is(small_encoder, tmp_path, capsys):
+    flags = ["--precision", "bfloat16", "--shortcuts", "none", "--targets", "q,v", "--lr", "0.05"]
+    result, _ = run(small_encoder, *flags, "--merge", str(tmp_path / "after"), out=tmp_path / "run")
+    capsys.readouterr()
+    assert main("--eval", tmp_path / "run", "--merge", tmp_path / "merged") == 0 and f"accuracy {result['dev']['accuracy']!r} | f1 {result['dev']['f1']!r} | loss {result['dev']['loss']!r}" in capsys.readouterr().out
+    before, state = (encoders.load_pretrained(folder, lambda line: None).state_dict() for folder in (small_encoder, tmp_path / "merged"))
+    on = {f"{name}.weight" for name, rank in result["ranks"].items() if rank}
+    learned = torch.load(tmp_path / "run" / "adapters.pt")["adapters"]
+    for name, tensor in state.items():
+        module = learned.get(name.removesuffix(".weight"), {"A": torch.zeros(1, 1), "B": torch.zeros(1, 1), "scale": 1})
+        assert torch.allclose(tensor, before[name] + module["scale"] * module["B"] @ module["A"] if name in on else before[name], atol=1e-7)
+    assert on and (tmp_path / "after" / "model.safetensors").read_bytes() == (tmp_path / "merged" / "model.safetensors").read_bytes()
+
+
+def test_the_benchmark_says_speed_share_and_memory(small_encoder, capsys):
+    result = train.benchmark(train.parse_args(["--benchmark", "3", "--model", small_encoder, *SMALL]))
+    assert result["all on"]["samples_per_second"] == pytest.approx(8000 / result["all on"]["ms_per_step"]) and result["search_share"] > 0 and result["peak_memory_mb"] > 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("start ", "all on", "25 % on", "recorded", "peak ", "search "))
+    assert main("--benchmark", "3", "--method", "head", "--model", small_encoder) == 2
+
+
+# ---------------------------------------------------------------------------------------------------- evidence
+
+def test_students_t_and_the_paired_interval_are_those_of_the_books():
+    for freedom, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert files.student(0.975, freedom) == pytest.approx(t, abs=1e-3)
+    assert files.student(0.8, 4) == pytest.approx(0.941, abs=1e-3)
+    pairs = [1.0, 2.0, 4.0, 5.0]
+    error = np.std(pairs, ddof=1) / 2
+    assert files.differences(pairs) == [f"+3.00 [{3 - 3.18245 * error:+.2f}, {3 + 3.18245 * error:+.2f}]", f"{(3.18245 + 0.97847) * error:.2f}"]
+
+
+def compared(small_encoder, path, *flags):
+    return train.compare(train.parse_args(["--model", small_encoder, "--max-steps", "4", "--results", str(path), *SMALL, *flags]))
+
+
+def test_compare_trains_what_a_run_by_itself_would_and_nothing_twice(small_encoder, tmp_path, capsys, monkeypatch):
+    path, flags = tmp_path / "results.jsonl", ["--compare", "lora", "random", "static:spectral:rank", "head", "full:lr=1e-3"]
+    results = compared(small_encoder, path, *flags, "--seeds", "0", "1")
+    budget = results["random"][0]["params_budget"]
+    alone = train.train(train.parse_args(["--model", small_encoder, "--max-steps", "4", *SMALL, "--method", "static", "--proxy", "spectral", "--granularity", "rank", "--seed", "1"]))
+    assert {key: alone[key] for key in ("last", "best", "params_active")} == {key: results["static:spectral:rank"][1][key] for key in ("last", "best", "params_active")}
+    assert {name: rank for name, rank in alone["ranks"].items() if rank} == results["static:spectral:rank"][1]["ranks"]
+    assert all(r["params_active"] <= budget for spec in flags[1:4] for r in results[spec]) and len(path.read_text().splitlines()) == 10
+    capsys.readouterr()
+    table = [line for line in (compared(small_encoder, path, *flags, "--seeds", "0", "1", "2"), capsys.readouterr().out)[1].splitlines() if line.startswith("|")]
+    assert len(path.read_text().splitlines()) == 15 and len(table) == 7 and all(line.count("|") == table[0].count("|") for line in table)
+    with open(path, "a") as file:
+        file.write('{"key": {"accu')  # a crash while it was written
+    monkeypatch.setattr(train, "train", lambda args: pytest.fail("trained again"))
+    with pytest.warns(UserWarning, match="not a result"):
+        compared(small_encoder, path, *flags, "--seeds", "0", "1", "2")
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == table
+
+
+def test_compare_gives_every_method_the_same_learning_rates_and_never_looks_at_dev_for_them(small_encoder, tmp_path, monkeypatch):
+    seen = []
+
+    def fake(args):
+        seen.append((args.method, args.seed, args.lr, args.holdout))
+        return {**dict.fromkeys(train.KEPT, 1), "ranks": {}, "metric": "accuracy", "last": 0.9 if (args.lr == 0.01) == (args.method == "lora") else 0.1}
+    monkeypatch.setattr(train, "train", fake)
+    compared(small_encoder, tmp_path / "r", "--compare", "lora", "static", "head", "full:lr=3e-4", "--seeds", "5", "6", "7", "--lr", "0.01", "0.02")
+    tuning, final = ([s for s in seen if bool(s[3]) == held] for held in (True, False))
+    assert tuning == [(method, seed, lr, 0.2) for method in ("lora", "static") for lr in (0.01, 0.02) for seed in (5, 6)]
+    assert sorted(final) == sorted((method, seed, lr, 0) for method, lr in (("lora", 0.01), ("static", 0.02), ("head", 0.01), ("full", 3e-4)) for seed in (5, 6, 7))
+
+
+def test_compare_gives_all_the_same_number_of_parameters_or_all_of_a_smaller_space(small_encoder, tmp_path, monkeypatch):
+    budgets = {}
+
+    def fake(args):
+        budgets[args.proxy] = args.budget
+        return {**dict.fromkeys(train.KEPT, 1), "ranks": {}, "metric": "accuracy"}
+    monkeypatch.setattr(train, "train", fake)
+    compared(small_encoder, tmp_path / "r", "--budget", "50%", "--compare", "static:snip", "random:targets=all", "static:fisher:targets=v:shortcuts=none", "static:spectral:budget=100", "--seeds", "0")
+    module = (16 + 16) * 4  # 17 of them: q, v and three shortcuts in three layers, and two that have a layer before them
+    assert budgets == {"snip": 17 * module // 2, "constant": 17 * module // 2, "fisher": 3 * module, "spectral": 100}
+
+
+def test_compare_goes_on_past_a_run_that_diverges_and_says_so(small_encoder, tmp_path, monkeypatch, capsys):
+    def fake(args):
+        if args.seed == 1 and args.method == "static":
+            raise FloatingPointError("the loss is nan")
+        return {**dict.fromkeys(train.KEPT, 1), "ranks": {}, "metric": "accuracy", "last": 0.5 + args.seed / 100}
+    monkeypatch.setattr(train, "train", fake)
+    compared(small_encoder, tmp_path / "r", "--compare", "lora", "static", "--seeds", "0", "1", "2")
+    assert "| static | 0.001 | 1 | 2 (1 diverged) | 51.00 ± 1.41 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags,advice", [(["--compare", "lora", "static:gradnorm"], "gradnorm is no proxy"), (["--compare", "static:rank=99"], "rank"), (["--compare", "best"], "invalid choice: 'best'"),
+                                          (["--compare", "lora:colour=red"], "colour=red"), (["--seeds", "1"], "--seed"), (["--lr", "1", "2"], "--compare"), (["--compare", "lora", "--out", "x"], "no --out")])
+def test_bad_comparisons_are_refused_before_any_training(small_encoder, tmp_path, flags, advice, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda args: pytest.fail("trained"))
+    assert main("--model", small_encoder, *flags) == 2 and advice in capsys.readouterr().err
+
+
+def test_a_held_out_part_is_never_trained_on_and_dev_not_looked_at(small_encoder):
+    args = train.parse_args(["--model", small_encoder, "--holdout", "0.25", "--train-limit", "80"])
+    task, whole = train.read_task(args), data.load_task("paraphrase")
+    assert len(task.dev) == 20 and len(task.train) == 60 and {*task.dev, *task.train} <= {*whole.train} and not {*task.dev} & {*task.train}
+
+
+def test_what_a_warm_up_has_trained_is_kept_if_asked_for(small_encoder, tmp_path, monkeypatch):
+    for kept in (False, True):
+        monkeypatch.setattr(train, "log_reallocation", lambda *_: None)
+        args = train.parse_args(["--model", small_encoder, "--method", "static", "--warmup-steps", "3", *["--warmup-values", "keep"] * kept, *SMALL])
+        task, tokenizer, model, adapters = train.prepare(args, torch.device("cpu"), print)
+        search = HeteroLoRA(model, adapters, args.budget, train.loss_fn)
+        train.first_allocation(args, lambda *_, **__: None, model, data.Batches(task.train, tokenizer, 64, torch.device("cpu")), search)
+        assert any(lora.B.any() for lora in adapters.values() if lora.rank) == kept
+
+
+def test_allocators_by_layer_begin_where_their_name_says():
+    costs = {f"layers.{i}.{kind}": [10, 10] for i in range(5) for kind in "qv"}
+    on = {name: {n for n, r in heterolora.ALLOCATORS[name](dict.fromkeys(costs, 0.0), costs, 45, None).items() if r} for name in ("first-layers", "middle-layers", "last-layers")}
+    assert on["first-layers"] == {"layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v"} and on["last-layers"] == {"layers.4.q", "layers.4.v", "layers.3.q", "layers.3.v"}
+    assert {"layers.2.q", "layers.2.v"} < on["middle-layers"] and len(on["middle-layers"]) == 4
+    assert heterolora.ALLOCATORS["last-layers"]({}, {"layers.0.q": [30, 10]}, 25, None) == {"layers.0.q": 0}  # no second rank without the first
+    ranks = heterolora.ALLOCATORS["last-layers"]({}, costs, 120, None)
+    assert min(ranks.values()) == 1 and {n for n, r in ranks.items() if r == 2} == {"layers.4.q", "layers.4.v"}
 
 
 # ---------------------------------------------------------------------------------------------------- the README

@@ -33,9 +33,10 @@ from files import grid
 METHODS = ("dynamic", "static", "lora", "head", "full")
 EPOCHS = {"mrpc": 5, "rte": 10, "cola": 5, "sst2": 1, "qnli": 1, "qqp": 1, "mnli": 1}  # small sets want more passes
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # a saved run has its flags with it: what else may stand beside these
-WITH = {"resume": ("model", "data_dir", "device"), "eval": ("task", "model", "data_dir", "device", "merge", "export_peft"), "predict": ("model", "device"), "show": ("svg",)}
+WITH = {"resume": ("model", "data_dir", "device"), "eval": ("task", "model", "data_dir", "device", "precision", "merge", "export_peft"), "predict": ("model", "device", "precision"), "show": ("svg",)}
 
 
 class UsageError(files.InputError):
@@ -59,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         for name, kind, default, values, text in flags:
             self.flags[name[2:].replace("-", "_")] = kind, None if isinstance(values, str) else values
             values = {"metavar": values} if isinstance(values, str) else {"choices": list(values)}
-            values |= {"nargs": "+", "metavar": tuple(values["metavar"].split())} if name == "--predict" else {}
+            values |= {"nargs": "+"} if name in ("--predict", "--compare", "--seeds", "--lr") else {}
+            values |= {"metavar": tuple(values["metavar"].split())} if name == "--predict" else {}
             group.add_argument(name, type=kind, default=default, help=text + ("" if default is None else " (default: %(default)s)"), **values)
 
 
@@ -74,8 +76,8 @@ def number(kind, low, included=True, below=math.inf):
     return parse
 
 
-def parse_args(argv=None):
-    """list of str (None: the command line) -> argparse.Namespace"""
+def parse_args(argv=None, others=None):
+    """list of str (None: the command line) -> argparse.Namespace. others: a Namespace whose values stand for flags that are not given"""
     whole, positive, share = number(int, 1), number(float, 0, included=False), number(float, 0)
 
     def names(text):
@@ -85,6 +87,7 @@ def parse_args(argv=None):
         ("--task", str, "paraphrase", [*data.BUILT_IN, *data.GLUE], "the first four are built in, the others GLUE"),
         ("--data-dir", str, None, "DIR", "folder of the GLUE folders, DIR/MRPC/train.tsv and so on (default: downloaded)"),
         ("--train-limit", whole, None, "N", "train on N examples, the same ones for every seed (default: all)"),
+        ("--holdout", number(float, 0, below=1), 0.0, "SHARE", "evaluate on this share of the training set, not trained on then, and leave dev alone"),
         ("--max-length", number(int, 5), 128, "N", "tokens of an example at most"),
         ("--model", str, "built-in", "NAME", "a BERT or RoBERTa: folder, or id on the Hugging Face hub"),
         ("--pooling", str, "mean", ("mean", "cls"), "what the head sees"))
@@ -107,7 +110,8 @@ def parse_args(argv=None):
         ("--probe-batches", whole, 8, "N", "training batches that a scoring sees"),
         ("--head-warmup", number(int, 0), 100, "N", "steps of head-only training before the first scoring, undone after it"),
         ("--warmup-steps", number(int, 0), 0, "N", "instead: steps with every candidate on, undone after the first scoring"),
-        ("--warmup-rank", whole, 1, "R", "the rank of every candidate in these steps"))
+        ("--warmup-rank", whole, 1, "R", "the rank of every candidate in these steps"),
+        ("--warmup-values", str, "undo", ("undo", "keep"), "what a warm-up has trained: undo it after the first scoring, or go on from there"))
     parser.add("training",
         ("--epochs", positive, None, "N", f"default: 4 for the built-in tasks, {', '.join(f'{v} {k}' for k, v in EPOCHS.items())}"),
         ("--max-steps", whole, None, "N", "stop after N steps, and let the schedule end there"),
@@ -121,6 +125,7 @@ def parse_args(argv=None):
         ("--clip", positive, 1.0, "NORM", "gradient norm at most"),
         ("--seed", number(int, 0, below=2**63), 0, "SEED", "of initialisation, data order, probing, ties and dropout"),
         ("--device", str, None, "DEVICE", "cpu, cuda, cuda:1 and so on (default: cuda if there is one)"),
+        ("--precision", str, None, tuple(PRECISIONS), "of frozen weights and of what is computed with them (default: bfloat16 if the processor has it)"),
         ("--log-every", whole, 50, "N", "steps between log lines"),
         ("--out", str, None, "DIR", "a new folder for the run: config, logs, history, state to resume from, result, adapters"),
         ("--save-every", whole, 500, "N", "steps between saves of that state; after every epoch it is saved too"),
@@ -132,18 +137,27 @@ def parse_args(argv=None):
         ("--export-peft", str, None, "DIR", "the same as a Hugging Face PEFT adapter"),
         ("--show", str, None, "RUN_DIR", "print what the search of a run did, from its history.jsonl, and stop"),
         ("--svg", str, None, "FILE", "with --show: draw it too"))
-    args = parser.parse_args(argv)
+    parser.add("evidence",
+        ("--compare", str, None, "METHOD", "train with each of several methods and seeds, and print a table; METHOD[:PROXY][:VALUE or :FLAG=VALUE]..."),
+        ("--seeds", number(int, 0, below=2**63), None, "SEED", "of --compare (default: 0 1 2 3 4)"),
+        ("--results", str, "results.jsonl", "FILE", "of --compare: every run that has ended, one a line; what is there is not done again"),
+        ("--benchmark", whole, None, "STEPS", "measure the speed of this machine with these flags over so many training steps"))
+    args = parser.parse_args(argv, others and argparse.Namespace(**vars(others)))
     unset = object()
     given = {key: value for key, value in vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))).items() if value is not unset}
     saved = next((mode for mode in WITH if mode in given), None)
     if args.svg and not args.show:
         parser.error("--svg needs --show RUN_DIR")
+    if isinstance(args.lr, list) and not args.compare:
+        args.lr = args.lr[0] if len(args.lr) == 1 else parser.error("--lr takes a list only with --compare")
+    if args.seeds and not args.compare:
+        parser.error("--seeds needs --compare; one run takes --seed")
     extra = [f"--{key.replace('_', '-')}" for key in given if saved and key != saved and key not in WITH[saved]]
     if extra:
         parser.error(f"--{saved} takes the flags of the run from its config.json, and beside them no {', '.join(extra)}")
     if saved not in (None, "show"):
         folder = given[saved][0] if saved == "predict" else given[saved]
-        args = argparse.Namespace(**{**vars(args), **read_config(folder), **({} if saved == "resume" else {"merge": None, "export_peft": None}), **given, "out": args.resume})
+        args = argparse.Namespace(**{**vars(args), "precision": "float32", **read_config(folder), **({} if saved == "resume" else {"merge": None, "export_peft": None}), **given, "out": args.resume})
         if "model" in given:
             args.checkpoint = None
     args.checkpoint, args.fingerprint = getattr(args, "checkpoint", None), getattr(args, "fingerprint", None)  # set by prepare
@@ -222,7 +236,8 @@ def start(args):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and device.index is not None:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
         torch.cuda.set_device(device)  # nccl's collectives take the current one
     if world > 1 and not dist.is_initialized():  # a first download may take hours
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
@@ -230,11 +245,15 @@ def start(args):
 
 
 def read_task(args):
-    """-> Task with no more training examples than --train-limit"""
+    """-> Task with no more training examples than --train-limit, and those of --holdout in place of dev"""
     task = data.load_task(args.task, args.data_dir)
     if args.train_limit:
         chosen = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))[:args.train_limit].sort().values
         task.train = [task.train[i] for i in chosen.tolist()]
+    if args.holdout:
+        order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(1)).tolist()
+        n = max(1, min(len(order) - 1, round(args.holdout * len(order))))
+        task.dev, task.train = ([task.train[i] for i in sorted(part)] for part in (order[:n], order[n:]))
     return task
 
 
@@ -252,8 +271,13 @@ def prepare(args, device, log):
     if max(tokenizer.vocab.values()) >= encoder.config.vocab_size:
         raise UsageError(f"{args.model}: the tokenizer has ids up to {max(tokenizer.vocab.values())}, the encoder only {encoder.config.vocab_size} words")
     args.fingerprint = same_checkpoint(args, encoder)
-    model = encoders.Classifier(encoder, task.num_labels, args.pooling, generator(args.seed, "head")).to(device)
+    model = encoders.Classifier(encoder, task.num_labels, args.pooling, generator(args.seed, "head"))
     adapters, args.budget = adapt(args, encoder)
+    if args.method == "full" and args.precision == "bfloat16":
+        raise UsageError("--precision bfloat16 is of frozen weights, and --method full has none")
+    args.precision = args.precision or ("float32" if args.method == "full" else fast_precision(device))
+    encoder.lower(PRECISIONS[args.precision])
+    model.to(device)
     if args.merge or args.export_peft:
         files.check_export(args, args.method in ("dynamic", "static") and args.shortcuts)
     reads = heterolora.PROXIES[args.proxy].reads
@@ -268,6 +292,14 @@ def prepare(args, device, log):
     args.batch_size = args.batch_size or (32 if built_in else 16)
     args.lr = args.lr or ((3e-4 if built_in else 5e-5) if args.method == "full" else 2e-3 if built_in else 1e-3)
     return task, tokenizer, model, adapters
+
+
+def fast_precision(device):
+    """The precision in which the device multiplies matrices fastest, by what it says of itself"""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
 
 
 def checkpoint_folder(args, log):
@@ -310,22 +342,14 @@ def adapt(args, encoder):
     adapters = heterolora.inject(encoder, targets, shortcuts, args.rank, args.alpha, args.shortcut_alpha, args.seed)
     if not adapters:
         raise UsageError("the search space is empty: give --targets or --shortcuts")
-    if isinstance(args.budget, int):  # from the config of a run
-        return adapters, args.budget
+    if isinstance(args.budget, int):  # from the config of a run, or the same for all that are compared, of which one may have less to spend it on
+        return adapters, min(args.budget, heterolora.size(adapters))
     return adapters, parse_budget(args.budget or ("100%" if args.method == "lora" else "25%"), heterolora.size(adapters))
-
-
-def predict(model, inputs):
-    """(input_ids, attention_mask, token_type_ids) -> logits (B, C), at least float32; bfloat16 autocast inside on CUDA"""
-    device = inputs[0].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        logits = model(*inputs)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def loss_fn(model, batch):
     """Mean cross-entropy of a batch (inputs, labels)"""
-    return F.cross_entropy(predict(model, batch[0]), batch[1])
+    return F.cross_entropy(model(*batch[0]), batch[1])
 
 
 @torch.inference_mode()
@@ -336,7 +360,7 @@ def evaluate(model, split, metric, batch_size=64):
     predictions, total = torch.zeros(len(split.labels), dtype=torch.long, device=split.device), torch.zeros((), dtype=torch.double, device=split.device)
     for indices in data.batches(split.lengths, batch_size)[rank::world]:
         inputs, labels = split[indices]
-        logits = predict(model, inputs)
+        logits = model(*inputs)
         total += F.cross_entropy(logits, labels, reduction="sum")
         predictions[indices] = logits.argmax(1)
     for tensor in (predictions, total):
@@ -371,6 +395,15 @@ def make_optimizer(args, model, total):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+@contextlib.contextmanager
+def refusing():
+    """What is wrong with the input in here is the user's to mend."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
+
+
 def begin(args):
     """Refuse bad input, then say and save what will be run -> log, device and what `prepare` gives. Raises UsageError."""
     log = None
@@ -381,13 +414,13 @@ def begin(args):
             if taken:
                 raise UsageError(f"--out {args.out} holds a run already ({taken[0]}): give a new folder, or go on with it: {resuming(args)}")
         log = files.Log(args.out, silent=ranks()[0] > 0)
-        with first_process_first():
+        with first_process_first(), refusing():
             prepared = prepare(args, device, log)
-    except (ValueError, OSError) as error:
+    except files.InputError:
         if log:
             log.abandon()
-        raise UsageError(str(error)) from None
-    config = {key: value for key, value in vars(args).items() if key not in ("command", "torch", "svg", *WITH)}
+        raise
+    config = {key: value for key, value in vars(args).items() if key not in ("command", "torch", "svg", "compare", "seeds", "results", "benchmark", *WITH)}
     log(f"command {args.command}")
     log("config  " + " ".join(f"{key}={','.join(v) if isinstance(v, list) else v}" for key, v in config.items() if v is not None))
     if log.out and not args.resume:
@@ -418,6 +451,8 @@ def what_is_kept(args):
     """What to say of a run that was stopped"""
     if args.eval or args.predict or args.show:
         return ""
+    if args.compare:
+        return f"; what has ended is in {args.results}, and the same command goes on from there"
     if not args.out:
         return "; nothing was kept, for want of --out"
     if os.path.isfile(os.path.join(args.out, "result.json")):
@@ -480,7 +515,8 @@ def first_allocation(args, log, model, train_set, search):
         warm_up_head(args, model, [train_set[batch] for batch in train_set.sample(min(args.head_warmup, 32), args.batch_size, draws)])
     model.zero_grad()
     entry = search.reallocate([train_set[batch] for batch in train_set.sample(args.probe_batches, args.batch_size, generator(args.seed, "first probing"))])
-    model.load_state_dict(values, strict=False)
+    if args.warmup_values == "undo":
+        model.load_state_dict(values, strict=False)
     log_reallocation(log, entry, args.budget)
     return time.perf_counter() - start
 
@@ -592,8 +628,9 @@ def train(args):
             raise FloatingPointError(f"{error}, before the first step: {advice}") from None
     elif adapters:  # uniform: the same rank for every target; shortcuts count in the search space, and stay off
         costs = {name: [lora.price] * lora.max_rank for name, lora in adapters.items() if not lora.shortcut}
-        heterolora.set_ranks(adapters, heterolora.uniform({}, costs, args.budget, None))
-        log(f"uniform {heterolora.spent(adapters):,}/{args.budget:,} params")
+        rule = "uniform" if args.allocator == "greedy" else args.allocator  # greedy wants scores
+        heterolora.set_ranks(adapters, heterolora.ALLOCATORS[rule](dict.fromkeys(costs, 0.0), costs, args.budget, generator(args.seed, "ties")))
+        log(f"{rule} {heterolora.spent(adapters):,}/{args.budget:,} params")
     if adapters:
         log(grid(adapters))
         if not any(lora.rank for lora in adapters.values()):
@@ -661,7 +698,7 @@ def train(args):
             os.remove(run.path)
     if not log.silent:
         model.labels = task.labels
-        files.export(args, model, adapters, log)
+        export(args, model, adapters, log)
     return result
 
 
@@ -743,6 +780,7 @@ def rebuild(args, device):
         model.head.load_state_dict(state["head"])
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UsageError(f"{path} does not fit the config.json beside it: {str(error).splitlines()[0]}") from None
+    encoder.lower(PRECISIONS[args.precision])
     model.tokenizer, model.labels, model.texts, model.adapters = data.load_tokenizer(args.checkpoint), state["labels"], state["texts"], adapters
     return model.to(device).eval()
 
@@ -761,8 +799,17 @@ def evaluate_run(args):
     if ranks()[0]:
         return values
     print(f"eval    {args.task} dev, {len(split.labels):,} examples | " + " | ".join(f"{name} {value!r}" for name, value in values.items()))
-    files.export(args, model.eval(), model.adapters, print)
+    export(args, model.eval(), model.adapters, print)
     return values
+
+
+def export(args, model, adapters, log):
+    """--merge and --export-peft. What is merged is the checkpoint as it is, whatever the precision of the run."""
+    if args.merge and args.precision != "float32":
+        whole = encoders.load_pretrained(args.checkpoint, lambda line: None).state_dict()
+        for name, parameter in model.encoder.named_parameters():
+            parameter.data = parameter.data if parameter.requires_grad else whole[name.replace(".host.", ".")].to(parameter.device)
+    files.export(args, model, adapters, log)
 
 
 def predict_texts(args):
@@ -775,10 +822,157 @@ def predict_texts(args):
             raise UsageError(f"--predict {folder} wants {('one text', 'two texts (a line: with a tab between them)')[model.texts - 1]}, and {len(texts)} came")
         inputs = data.pad([model.tokenizer.encode(texts[0], *texts[1:], max_length=args.max_length)], model.tokenizer.pad_id)
         with torch.inference_mode():
-            probability, i = predict(model, [x.to(device) for x in inputs]).softmax(1)[0].max(0)
+            probability, i = model(*(x.to(device) for x in inputs)).softmax(1)[0].max(0)
         found.append((model.labels[i], probability.item()))
         print(f"label {model.labels[i]} | probability {probability:.4f}", flush=True)
     return found
+
+
+# ------------------------------------------------------------------------------------------------ evidence
+
+TUNED_ON = 0.2, 2  # for a list of --lr: share of the training set that is held out, and number of seeds
+NO_MATTER = ("model", "data_dir", "device", "log_every", "save_every", "out", "svg", "compare", "seeds", "results", "benchmark", *WITH)  # to a result
+KEPT = ("metric", "last", "best", "params_budget", "params_active", "params_ever_trained", "search_seconds", "samples_per_second")  # of a result
+
+
+def contender(args, spec):
+    """METHOD[:PROXY][:VALUE or :FLAG=VALUE]... of --compare -> Namespace of that method, otherwise with the flags of args. Raises UsageError."""
+    method, *options = spec.split(":")
+    argv = ["--method", "static", "--proxy", "constant"] if method == "random" else ["--method", method]
+    for option in options:
+        flag, sign, value = option.partition("=")
+        if not sign:
+            flags = ("proxy", "allocator", "granularity", "order", "scale", "pool", "probe", "precision", "pooling")
+            flag, value = next((flag for flag in flags if option in Parser.flags[flag][1]), None), option
+        if flag is None or flag.replace("-", "_") not in Parser.flags:
+            raise UsageError(f"--compare {spec}: {option} is no proxy or allocator, and not FLAG=VALUE with a flag of python train.py --help")
+        argv += [f"--{flag.replace('_', '-')}", value]
+    return parse_args(argv, argparse.Namespace(**{**vars(args), "compare": None, "seeds": None, "lr": None}))
+
+
+def read_results(path):
+    """The file of --results -> {flags as JSON: result}. A line that is none, torn by a crash, is left out."""
+    done = {}
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = json.loads(line)
+                    done[json.dumps(record["key"], sort_keys=True)] = record["result"]
+                except (ValueError, KeyError, TypeError):
+                    warnings.warn(f"{path}, line {number}: not a result; left out")
+    return done
+
+
+def compare(args):
+    """--compare: train every method with every seed, but what --results has already, and print a Markdown table -> {method: [result, ...]}.
+
+    All have the same checkpoint, budget in parameters, order of the data for a seed, and schedule. With a list of --lr each method that
+    does not set its own has the one that is best on a held-out part of the training set.
+    """
+    if args.out or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("--compare keeps its runs in --results, in one process: it takes no --out and no torchrun")
+    seeds, grid_of_lr, device = args.seeds or [0, 1, 2, 3, 4], args.lr or [None], start(args)
+    whole = contender(args, "dynamic")
+    whole.budget = whole.budget or "25%"
+    chosen = {spec: contender(args, spec) for spec in args.compare}
+    with refusing():
+        prepare(whole, device, print)
+        for one in chosen.values():
+            one.own_lr = one.lr is not None or one.method == "head"
+            one.lr = one.lr or grid_of_lr[0]
+            one.budget = whole.budget if one.budget == args.budget else one.budget
+            prepare(one, device, lambda line: None)
+    done = read_results(args.results)
+
+    def run(spec, seed, lr, **more):
+        flags = argparse.Namespace(**{**vars(chosen[spec]), "seed": seed, "lr": lr, **more})
+        key = json.dumps({name: getattr(flags, name) for name in ("fingerprint", *Parser.flags) if name not in NO_MATTER}, sort_keys=True)
+        if key not in done:
+            begun = time.perf_counter()
+            try:
+                with contextlib.redirect_stdout(None):
+                    result = train(flags)
+                result = {name: result[name] for name in KEPT} | {"ranks": {name: rank for name, rank in result["ranks"].items() if rank}}
+            except FloatingPointError as error:
+                result = {"failed": str(error)}
+            done[key] = result | {"seconds": time.perf_counter() - begun}
+            with open(args.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": json.loads(key), "result": done[key], "threads": torch.get_num_threads(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}) + "\n")
+            told = done[key].get("failed") or f"{result['metric']} {result['last']:.4f}"
+            print(f"run     {spec} seed {seed} lr {lr:g}{' held-out' * bool(more)} | {told} | {done[key]['seconds']:.1f} s", flush=True)
+        return done[key]
+    for spec, one in chosen.items():
+        if len(grid_of_lr) > 1 and not one.own_lr:
+            share, n = TUNED_ON
+            scores = {lr: [run(spec, seed, lr, holdout=share).get("last", -math.inf) for seed in seeds[:n]] for lr in grid_of_lr}
+            one.lr = max(scores, key=lambda lr: sum(scores[lr]))
+    results = {spec: [] for spec in chosen}
+    for seed in seeds:
+        for spec, one in chosen.items():
+            results[spec].append(run(spec, seed, one.lr))
+    print(files.comparison({spec: (chosen[spec].lr, runs) for spec, runs in results.items()}))
+    return results
+
+
+def benchmark(args):
+    """--benchmark: print how fast and how large a run with these flags is on this machine -> dict. Raises UsageError.
+
+    In turns, on the same batches: training steps with every module on, with a quarter of them, and with a quarter while they are read off for
+    the search. The peak is the rate of F.linear at the encoder's own shapes; 4 * its parameters without embeddings are the operations that a
+    token needs, forward and back.
+    """
+    begun, device = time.perf_counter(), start(args)
+    if args.method in ("head", "full"):
+        raise UsageError(f"--benchmark wants adapters, and --method {args.method} has none")
+    with refusing():
+        task, tokenizer, model, adapters = prepare(args, device, print)
+    train_set = data.Batches(task.train, tokenizer, args.max_length, device)
+    (optimizer, schedule), order = make_optimizer(args, model, 10**9), data.batches(train_set.lengths, args.batch_size, generator(args.seed, "data order"))
+    search = heterolora.HeteroLoRA(model, adapters, args.budget, loss_fn, args.proxy, args.allocator, args.pool, args.seed, args.granularity, args.order, args.scale)
+    allowed = [name for name, lora in adapters.items() if args.method != "lora" or not lora.shortcut]
+    everything, quarter = ({name: adapters[name].max_rank for name in allowed[::n]} for n in (1, 4))
+    reads = heterolora.PROXIES[args.proxy].reads
+    seconds, tokens = {"all on": 0.0, "25 % on": 0.0} | ({"recorded": 0.0} if reads else {}), 0
+    model.train()
+    seed_dropout(args)
+    optimise(args, model, train_set.parts(order[0]), optimizer, schedule)
+    ready = time.perf_counter() - begun
+    print(f"start   {ready:.1f} s from the imports to the end of the first step", flush=True)
+    for i in range(-5, args.benchmark):  # the first five do not count
+        for kind in seconds:
+            heterolora.set_ranks(adapters, everything if kind == "all on" else quarter)
+            recording = heterolora.Recording(adapters, reads) if kind == "recorded" else None
+            begun = time.perf_counter()
+            batch = train_set.parts(order[i % len(order)])
+            optimise(args, model, batch, optimizer, schedule, recording)
+            seconds[kind] += (time.perf_counter() - begun) * (i >= 0)
+        tokens += batch[0][1][0][0].numel() * (i >= 0)
+    memory, n = peak_memory_mb(device), args.benchmark
+    linears = [m for m in model.encoder.layers[0].modules() if isinstance(m, torch.nn.Linear)]
+    inputs = [torch.randn(max(1, tokens // n), m.in_features, device=device, dtype=m.weight.dtype) for m in linears]
+    with torch.inference_mode():
+        best = math.inf
+        for _ in range(20):
+            begun = time.perf_counter()
+            outputs = [F.linear(x, m.weight, m.bias) for x, m in zip(inputs, linears)]
+            outputs[-1].sum().item()  # a GPU has finished then
+            best = min(best, time.perf_counter() - begun)
+    rate = sum(2 * len(x) * m.weight.numel() for x, m in zip(inputs, linears)) / best
+    operations = 4 * sum(p.numel() for name, p in model.encoder.layers.named_parameters() if ".lora." not in name)
+    result = {"start_seconds": ready, "peak_memory_mb": memory, "threads": torch.get_num_threads(), "precision": args.precision, "linear_gflops": rate / 1e9}
+    for kind, total in seconds.items():
+        result[kind] = {"ms_per_step": 1000 * total / n, "samples_per_second": n * args.batch_size / total, "tokens_per_second": tokens / total, "share_of_peak": operations * tokens / total / rate}
+        print(f"{kind:8}| {1000 * total / n:.1f} ms/step | {n * args.batch_size / total:.1f} samples/s | {tokens / total:,.0f} tokens/s | {operations * tokens / total / rate:.0%} of the peak")
+    print(f"peak    {rate / 1e9:,.0f} GFLOP/s by F.linear in {args.precision} | {torch.get_num_threads()} threads | memory {memory or 0:.0f} MB")
+    if reads:
+        begun = time.perf_counter()
+        search.reallocate(recording)
+        interval, plain = max(1, round(args.realloc_every * len(order))), seconds["25 % on"] / n
+        extra = time.perf_counter() - begun + min(args.probe_batches, interval) * (seconds["recorded"] / n - plain)
+        result["search_share"] = extra / (interval * plain)
+        print(f"search  {result['search_share']:.1%} of the training time, with {args.proxy} read off {args.probe_batches} of every {interval} steps")
+    return result
 
 
 def main(argv=None):
@@ -797,7 +991,7 @@ def main(argv=None):
                 except OSError as error:
                     raise UsageError(f"{args.svg} cannot be written: {error.strerror}") from None
         else:
-            (evaluate_run if args.eval else predict_texts if args.predict else train)(args)
+            (evaluate_run if args.eval else predict_texts if args.predict else compare if args.compare else benchmark if args.benchmark else train)(args)
     except files.InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
