@@ -289,7 +289,7 @@ class Recording:
     def _add(self, name, x, d):
         lora = self.adapters[name]
         x, d = (t.reshape(len(t), math.prod(t.shape[1:-1]), t.shape[-1]) for t in (x, d))
-        sA, sB = ((lora.scale * t).to(x.dtype) for t in (lora.A, lora.B))
+        d, sA, sB = (t.to(x.dtype) for t in (d, lora.scale * lora.A, lora.scale * lora.B))  # under autocast they may differ
         for key in self.reads:
             if key == "dA" and (name, key) in self.sums and not lora.B.any():
                 continue  # it is zero

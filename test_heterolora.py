@@ -2060,6 +2060,18 @@ def test_in_bfloat16_only_what_is_frozen_is_and_the_loss_hardly_moves(small_enco
     assert losses["bfloat16"] != losses["float32"] == pytest.approx(losses["bfloat16"], abs=0.01)
 
 
+def test_a_model_under_autocast_can_be_scored_off_its_own_steps():
+    classifier = tiny_classifier()
+    adapters, batch = inject(classifier.encoder, ["q", "v"], ["residual_attn"], rank=2, alpha=4), tiny_batch()
+    scores = []
+    for bits16 in (False, True):
+        recording = heterolora.Recording(adapters, ("dA", "dB", "G", "fisher_B"))
+        with recording, torch.autocast("cpu", torch.bfloat16, enabled=bits16):
+            train.loss_fn(classifier, batch).backward()
+        scores.append([recording.read(name, "dB").norm().item() for name in adapters])
+    assert scores[0] == pytest.approx(scores[1], rel=0.5) and scores[0] != scores[1]  # these gradients are tiny, so that rounding shows
+
+
 def test_bfloat16_is_for_processors_that_have_it(monkeypatch, small_encoder):
     for able, precision in (({}, "float32"), ({"avx512_bf16": False, "amx_bf16": False}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
