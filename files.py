@@ -613,10 +613,10 @@ def aligned(table):
 
 
 def comparison(results):
-    """{method: (lr, [result of each seed, ...])} -> a Markdown table. Figures are times 100, mean ± sd over seeds; the last column is the mean of
-    the paired differences to the first method with its 95 % interval (Student's t), and the true difference that would have been told from
-    zero with a probability of 80 %."""
-    metric = next(r["metric"] for _, runs in results.values() for r in runs if "metric" in r)
+    """{method: (lr, [result of each seed, ...])} -> a Markdown table. Figures are times 100, mean ± sd over seeds. The difference is the mean of
+    the paired differences to the first method with its 95 % interval (Student's t), over the seeds at which both ended; "could show" is the true
+    difference that would have been told from zero with a probability of 80 %."""
+    metric = next((r["metric"] for _, runs in results.values() for r in runs if "metric" in r), "metric")
     table = [["method", "lr", "parameters", "n", f"last {metric}", "best of dev", "difference to the first", "could show", "seconds"]]
     first = next(iter(results.values()))[1]
 

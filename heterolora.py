@@ -194,7 +194,7 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0):
     if any(isinstance(module, LoRA) for module in modules.values()):
         raise ValueError("this model has adapters already: inject once, then use set_ranks")
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
-    points = {name: m for name, m in modules.items() if isinstance(m, nn.Identity) or not (type(m).__module__.startswith("torch.") or [*m.parameters()])}
+    points = {name: m for name, m in modules.items() if isinstance(m, nn.Identity) or not (isinstance(m, nn.Dropout) or type(m).__module__.startswith("torch.") or [*m.parameters()])}
     chosen = {}
     for wanted, among, what in ((targets, linears, "linear module"), (shortcuts, points, "connection point")):
         for last in wanted:

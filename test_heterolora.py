@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -1997,7 +1998,7 @@ def test_two_processes_do_what_one_does_even_interrupted_between_two_readings(st
 
 # ---------------------------------------------------------------------------------------------------- fast
 
-@pytest.mark.parametrize("shape", [(1,), (5,), (3, 7), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 4)])
 def test_a_frozen_linear_computed_as_a_convolution_is_the_same_map(shape, monkeypatch):
     monkeypatch.setattr(encoders.Linear, "slow", True)
     linear, x = encoders.Linear(24, 40).requires_grad_(False), torch.randn(*shape, 24, requires_grad=True)
@@ -2005,7 +2006,7 @@ def test_a_frozen_linear_computed_as_a_convolution_is_the_same_map(shape, monkey
     y = linear(x)
     y.backward(g)
     assert y.shape == (*shape, 40) and torch.allclose(y.double(), x.double() @ W.T + b, atol=1e-5) and torch.allclose(x.grad.double(), g.double() @ W, atol=1e-5)
-    assert "Convolution" in graph(y)
+    assert ("Convolution" in graph(y)) == (len(shape) > 1) and linear(x[:0]).shape == (0, *shape[1:], 40)
     assert "Convolution" not in graph(encoders.Linear(24, 40)(x))  # a trainable one is an ordinary linear
 
 
@@ -2131,8 +2132,32 @@ def test_compare_trains_what_a_run_by_itself_would_and_nothing_twice(small_encod
         file.write('{"key": {"accu')  # a crash while it was written
     monkeypatch.setattr(train, "train", lambda args: pytest.fail("trained again"))
     with pytest.warns(UserWarning, match="not a result"):
-        compared(small_encoder, path, *flags, "--seeds", "0", "1", "2")
+        compared(small_encoder, path, *flags, "--seeds", "0", "1", "2", "2")
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == table
+    monkeypatch.setattr(train, "train", lambda args: {**dict.fromkeys(train.KEPT, 1), "ranks": {}, "metric": "accuracy"})
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="not a result"):
+            compared(small_encoder, path, "--compare", "head", "--seeds", "9")
+    assert len(path.read_text().splitlines()) == 17
+
+
+def test_results_of_other_data_or_another_checkpoint_are_other_results(small_encoder, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(train, "train", lambda args: trained.append(args) or {**dict.fromkeys(train.KEPT, 1), "ranks": {}, "metric": "accuracy"})
+    other = tmp_path / "other"
+    shutil.copytree(small_encoder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.5}))
+    folders = []
+    for i, label in enumerate("01"):
+        folders.append(tmp_path / label / "SST-2")
+        folders[-1].mkdir(parents=True)
+        for split in ("train", "dev"):
+            (folders[-1] / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(f"the film is great .\t{(j + i) % 2}\n" for j in range(20)))
+    for model, data_dir in itertools.product((small_encoder, other), folders):
+        for _ in range(2):
+            compared(str(model), tmp_path / "r", "--task", "sst2", "--data-dir", str(data_dir.parent), "--compare", "head", "--seeds", "0")
+    assert len(trained) == 4
 
 
 def test_compare_gives_every_method_the_same_learning_rates_and_never_looks_at_dev_for_them(small_encoder, tmp_path, monkeypatch):
@@ -2171,7 +2196,9 @@ def test_compare_goes_on_past_a_run_that_diverges_and_says_so(small_encoder, tmp
 
 
 @pytest.mark.parametrize("flags,advice", [(["--compare", "lora", "static:gradnorm"], "gradnorm is no proxy"), (["--compare", "static:rank=99"], "rank"), (["--compare", "best"], "invalid choice: 'best'"),
-                                          (["--compare", "lora:colour=red"], "colour=red"), (["--seeds", "1"], "--seed"), (["--lr", "1", "2"], "--compare"), (["--compare", "lora", "--out", "x"], "no --out")])
+                                          (["--compare", "lora:colour=red"], "colour=red"), (["--seeds", "1"], "--seed"), (["--lr", "1", "2"], "--compare"), (["--compare", "lora", "--out", "x"], "no --out"), (["--compare", "lora", "--merge", "x"], "--merge"), (["--compare", "lora:seed=3"], "seed=3"), (["--compare", "lora:out=x"], "out=x"),
+                                          (["--compare", "lora", "--holdout", "0.2", "--lr", "1e-3", "2e-3"], "chosen on what is reported"), (["--compare", "lora", "--results", "no/such/folder"], "no/such/folder"),
+                                          (["--compare", "lora", "--train-limit", "1", "--holdout", "0.5"], "leaves nothing"), (["--compare", "dynamic", "--shortcuts", "dropout"], "no connection point is called 'dropout'")])
 def test_bad_comparisons_are_refused_before_any_training(small_encoder, tmp_path, flags, advice, capsys, monkeypatch):
     monkeypatch.setattr(train, "train", lambda args: pytest.fail("trained"))
     assert main("--model", small_encoder, *flags) == 2 and advice in capsys.readouterr().err

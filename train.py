@@ -92,7 +92,7 @@ def parse_args(argv=None, others=None):
         ("--model", str, "built-in", "NAME", "a BERT or RoBERTa: folder, or id on the Hugging Face hub"),
         ("--pooling", str, "mean", ("mean", "cls"), "what the head sees"))
     parser.add("method",
-        ("--method", str, "dynamic", METHODS, "lora: uniform rank on the targets; head: no adapters; full: every weight"),
+        ("--method", str, "dynamic", METHODS, "lora: uniform rank on the targets (with an allocator *-layers: in those); head: no adapters; full: every weight"),
         ("--budget", str, None, "B", "25%% or 0.25 of the search space, or a number of parameters (default: 25%%; all of it for lora)"),
         ("--targets", names, "q,v", "LIST", f"all, none, or some of {','.join(heterolora.TARGETS)}"),
         ("--shortcuts", names, "all", "LIST", f"all, none, or some of {','.join(heterolora.SHORTCUTS)}"),
@@ -227,6 +227,16 @@ def average_scores(device, scores):
 
 # ------------------------------------------------------------------------------------------------ the run
 
+@contextlib.contextmanager
+def refusing():
+    """What is wrong with the input in here is the user's to mend."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
+
+
+@refusing()
 def start(args):
     """The device, and under torchrun the group of processes -> torch.device. Raises UsageError."""
     local, world = os.environ.get("LOCAL_RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
@@ -236,8 +246,7 @@ def start(args):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # nccl's collectives take the current one
     if world > 1 and not dist.is_initialized():  # a first download may take hours
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
@@ -252,6 +261,8 @@ def read_task(args):
         task.train = [task.train[i] for i in chosen.tolist()]
     if args.holdout:
         order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(1)).tolist()
+        if len(order) < 2:
+            raise UsageError(f"--holdout {args.holdout} of {len(order)} training example(s) leaves nothing to train on")
         n = max(1, min(len(order) - 1, round(args.holdout * len(order))))
         task.dev, task.train = ([task.train[i] for i in sorted(part)] for part in (order[:n], order[n:]))
     return task
@@ -395,15 +406,6 @@ def make_optimizer(args, model, total):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-@contextlib.contextmanager
-def refusing():
-    """What is wrong with the input in here is the user's to mend."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from None
-
-
 def begin(args):
     """Refuse bad input, then say and save what will be run -> log, device and what `prepare` gives. Raises UsageError."""
     log = None
@@ -496,7 +498,7 @@ def warm_up_head(args, model, batches):
 
 
 def first_allocation(args, log, model, train_set, search):
-    """Warm up, score, put every value back to its start, allocate -> seconds
+    """Warm up, score, put every value back to its start (unless --warmup-values keep), allocate -> seconds
 
     Gradients through a random head point nowhere in particular, so the head trains first (--head-warmup), alone or together
     with every candidate at --warmup-rank (--warmup-steps).
@@ -628,7 +630,7 @@ def train(args):
             raise FloatingPointError(f"{error}, before the first step: {advice}") from None
     elif adapters:  # uniform: the same rank for every target; shortcuts count in the search space, and stay off
         costs = {name: [lora.price] * lora.max_rank for name, lora in adapters.items() if not lora.shortcut}
-        rule = "uniform" if args.allocator == "greedy" else args.allocator  # greedy wants scores
+        rule = args.allocator if args.allocator.endswith("-layers") else "uniform"  # the others want scores
         heterolora.set_ranks(adapters, heterolora.ALLOCATORS[rule](dict.fromkeys(costs, 0.0), costs, args.budget, generator(args.seed, "ties")))
         log(f"{rule} {heterolora.spent(adapters):,}/{args.budget:,} params")
     if adapters:
@@ -790,7 +792,7 @@ def evaluate_run(args):
     device = start(args)
     model = rebuild(args, device)
     files.check_export(args, [name for name, lora in model.adapters.items() if lora.shortcut and lora.rank])
-    task = data.load_task(args.task, args.data_dir)
+    task = read_task(args)
     texts = 1 if task.dev[0][1] is None else 2
     if ([*task.labels], texts) != (model.labels, model.texts):
         raise UsageError(f"{args.eval} sorts examples of {model.texts} text(s) into {', '.join(model.labels)}, and {args.task} has {texts} and {', '.join(task.labels)}: give a task of the same form")
@@ -831,7 +833,7 @@ def predict_texts(args):
 # ------------------------------------------------------------------------------------------------ evidence
 
 TUNED_ON = 0.2, 2  # for a list of --lr: share of the training set that is held out, and number of seeds
-NO_MATTER = ("model", "data_dir", "device", "log_every", "save_every", "out", "svg", "compare", "seeds", "results", "benchmark", *WITH)  # to a result
+NO_MATTER = ("model", "data_dir", "device", "log_every", "save_every", "out", "svg", "compare", "seeds", "results", "benchmark", "merge", "export_peft", *WITH)  # to a result
 KEPT = ("metric", "last", "best", "params_budget", "params_active", "params_ever_trained", "search_seconds", "samples_per_second")  # of a result
 
 
@@ -844,8 +846,8 @@ def contender(args, spec):
         if not sign:
             flags = ("proxy", "allocator", "granularity", "order", "scale", "pool", "probe", "precision", "pooling")
             flag, value = next((flag for flag in flags if option in Parser.flags[flag][1]), None), option
-        if flag is None or flag.replace("-", "_") not in Parser.flags:
-            raise UsageError(f"--compare {spec}: {option} is no proxy or allocator, and not FLAG=VALUE with a flag of python train.py --help")
+        if flag is None or flag.replace("-", "_") not in set(Parser.flags) - {*NO_MATTER, "task", "seed", "method", "holdout", "train_limit"}:
+            raise UsageError(f"--compare {spec}: {option} is no proxy or allocator, and not FLAG=VALUE with a flag of python train.py --help in which runs of one comparison may differ")
         argv += [f"--{flag.replace('_', '-')}", value]
     return parse_args(argv, argparse.Namespace(**{**vars(args), "compare": None, "seeds": None, "lr": None}))
 
@@ -854,12 +856,13 @@ def read_results(path):
     """The file of --results -> {flags as JSON: result}. A line that is none, torn by a crash, is left out."""
     done = {}
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 try:
                     record = json.loads(line)
+                    assert "metric" in record["result"] or "failed" in record["result"]
                     done[json.dumps(record["key"], sort_keys=True)] = record["result"]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, AssertionError):
                     warnings.warn(f"{path}, line {number}: not a result; left out")
     return done
 
@@ -870,14 +873,20 @@ def compare(args):
     All have the same checkpoint, budget in parameters, order of the data for a seed, and schedule. With a list of --lr each method that
     does not set its own has the one that is best on a held-out part of the training set.
     """
-    if args.out or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("--compare keeps its runs in --results, in one process: it takes no --out and no torchrun")
-    seeds, grid_of_lr, device = args.seeds or [0, 1, 2, 3, 4], args.lr or [None], start(args)
+    if args.out or args.merge or args.export_peft or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("--compare keeps its runs in --results, in one process: it takes no --out, --merge or --export-peft, and no torchrun")
+    seeds, grid_of_lr, device = [*dict.fromkeys(args.seeds or [0, 1, 2, 3, 4])], args.lr or [None], start(args)
+    if args.holdout and len(grid_of_lr) > 1:
+        raise UsageError("--holdout with several --lr: the learning rate would be chosen on what is reported; give one of them")
     whole = contender(args, "dynamic")
     whole.budget = whole.budget or "25%"
     chosen = {spec: contender(args, spec) for spec in args.compare}
     with refusing():
-        prepare(whole, device, print)
+        task, tokenizer, model, _ = prepare(whole, device, print)
+        whole.identity = zlib.crc32(repr((task.train, task.dev, model.config, sorted(tokenizer.vocab.items()))).encode())  # of data and checkpoint, beside its weights
+        with open(args.results, "ab+") as file:  # it must be possible to write there, and on a line of its own
+            file.seek(max(file.tell() - 1, 0))
+            file.write(b"\n" * (file.read() not in (b"", b"\n")))
         for one in chosen.values():
             one.own_lr = one.lr is not None or one.method == "head"
             one.lr = one.lr or grid_of_lr[0]
@@ -887,7 +896,8 @@ def compare(args):
 
     def run(spec, seed, lr, **more):
         flags = argparse.Namespace(**{**vars(chosen[spec]), "seed": seed, "lr": lr, **more})
-        key = json.dumps({name: getattr(flags, name) for name in ("fingerprint", *Parser.flags) if name not in NO_MATTER}, sort_keys=True)
+        key = {name: getattr(flags, name) for name in ("fingerprint", *Parser.flags) if name not in NO_MATTER}
+        key = json.dumps({**key, "identity": whole.identity}, sort_keys=True)
         if key not in done:
             begun = time.perf_counter()
             try:
@@ -919,12 +929,12 @@ def benchmark(args):
     """--benchmark: print how fast and how large a run with these flags is on this machine -> dict. Raises UsageError.
 
     In turns, on the same batches: training steps with every module on, with a quarter of them, and with a quarter while they are read off for
-    the search. The peak is the rate of F.linear at the encoder's own shapes; 4 * its parameters without embeddings are the operations that a
-    token needs, forward and back.
+    the search. The peak is the rate of F.linear at the encoder's own shapes (which model.Linear can surpass); 4 * its parameters without embeddings are
+    the operations that a token needs, forward and back.
     """
     begun, device = time.perf_counter(), start(args)
-    if args.method in ("head", "full"):
-        raise UsageError(f"--benchmark wants adapters, and --method {args.method} has none")
+    if args.method in ("head", "full") or ranks()[1] > 1:
+        raise UsageError("--benchmark wants adapters and one process: no --method head or full, no torchrun")
     with refusing():
         task, tokenizer, model, adapters = prepare(args, device, print)
     train_set = data.Batches(task.train, tokenizer, args.max_length, device)
@@ -933,7 +943,7 @@ def benchmark(args):
     allowed = [name for name, lora in adapters.items() if args.method != "lora" or not lora.shortcut]
     everything, quarter = ({name: adapters[name].max_rank for name in allowed[::n]} for n in (1, 4))
     reads = heterolora.PROXIES[args.proxy].reads
-    seconds, tokens = {"all on": 0.0, "25 % on": 0.0} | ({"recorded": 0.0} if reads else {}), 0
+    seconds, tokens, samples = {"all on": 0.0, "25 % on": 0.0} | ({"recorded": 0.0} if reads else {}), 0, 0
     model.train()
     seed_dropout(args)
     optimise(args, model, train_set.parts(order[0]), optimizer, schedule)
@@ -944,10 +954,11 @@ def benchmark(args):
             heterolora.set_ranks(adapters, everything if kind == "all on" else quarter)
             recording = heterolora.Recording(adapters, reads) if kind == "recorded" else None
             begun = time.perf_counter()
-            batch = train_set.parts(order[i % len(order)])
+            batch = train_set.parts(order[i % len(order)], args.accumulate)
             optimise(args, model, batch, optimizer, schedule, recording)
             seconds[kind] += (time.perf_counter() - begun) * (i >= 0)
-        tokens += batch[0][1][0][0].numel() * (i >= 0)
+        tokens += sum(inputs[0].numel() for _, (inputs, _) in batch) * (i >= 0)
+        samples += len(order[i % len(order)]) * (i >= 0)
     memory, n = peak_memory_mb(device), args.benchmark
     linears = [m for m in model.encoder.layers[0].modules() if isinstance(m, torch.nn.Linear)]
     inputs = [torch.randn(max(1, tokens // n), m.in_features, device=device, dtype=m.weight.dtype) for m in linears]
@@ -962,8 +973,8 @@ def benchmark(args):
     operations = 4 * sum(p.numel() for name, p in model.encoder.layers.named_parameters() if ".lora." not in name)
     result = {"start_seconds": ready, "peak_memory_mb": memory, "threads": torch.get_num_threads(), "precision": args.precision, "linear_gflops": rate / 1e9}
     for kind, total in seconds.items():
-        result[kind] = {"ms_per_step": 1000 * total / n, "samples_per_second": n * args.batch_size / total, "tokens_per_second": tokens / total, "share_of_peak": operations * tokens / total / rate}
-        print(f"{kind:8}| {1000 * total / n:.1f} ms/step | {n * args.batch_size / total:.1f} samples/s | {tokens / total:,.0f} tokens/s | {operations * tokens / total / rate:.0%} of the peak")
+        result[kind] = {"ms_per_step": 1000 * total / n, "samples_per_second": samples / total, "tokens_per_second": tokens / total, "share_of_peak": operations * tokens / total / rate}
+        print(f"{kind:8}| {1000 * total / n:.1f} ms/step | {samples / total:.1f} samples/s | {tokens / total:,.0f} tokens/s | {operations * tokens / total / rate:.0%} of the peak")
     print(f"peak    {rate / 1e9:,.0f} GFLOP/s by F.linear in {args.precision} | {torch.get_num_threads()} threads | memory {memory or 0:.0f} MB")
     if reads:
         begun = time.perf_counter()
