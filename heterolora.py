@@ -129,7 +129,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """Fold dW into the host's weight: the same function without its cost. Raises RuntimeError if done already."""
+        """Fold dW into the host's weight: the same function without its cost, but for the rounding of a host in 16 bits. Raises RuntimeError if done already."""
         if self.lora.merged:
             raise RuntimeError("merged already; call unmerge first")
         self.original = self.host.weight.data  # kept, so that unmerge is exact

@@ -2180,9 +2180,9 @@ def test_compare_gives_all_the_same_number_of_parameters_or_all_of_a_smaller_spa
         budgets[args.proxy] = args.budget
         return {**dict.fromkeys(train.KEPT, 1), "ranks": {}, "metric": "accuracy"}
     monkeypatch.setattr(train, "train", fake)
-    compared(small_encoder, tmp_path / "r", "--budget", "50%", "--compare", "static:snip", "random:targets=all", "static:fisher:targets=v:shortcuts=none", "static:spectral:budget=100", "--seeds", "0")
+    compared(small_encoder, tmp_path / "r", "--budget", "50%", "--compare", "static:snip", "random:targets=all", "static:fisher:targets=v:shortcuts=none", "static:spectral:budget=100", "static:synflow:targets=v:shortcuts=none:budget=50%", "--seeds", "0")
     module = (16 + 16) * 4  # 17 of them: q, v and three shortcuts in three layers, and two that have a layer before them
-    assert budgets == {"snip": 17 * module // 2, "constant": 17 * module // 2, "fisher": 3 * module, "spectral": 100}
+    assert budgets == {"snip": 17 * module // 2, "constant": 17 * module // 2, "fisher": 3 * module, "spectral": 100, "synflow": 3 * module // 2}
 
 
 def test_compare_goes_on_past_a_run_that_diverges_and_says_so(small_encoder, tmp_path, monkeypatch, capsys):
@@ -2193,10 +2193,42 @@ def test_compare_goes_on_past_a_run_that_diverges_and_says_so(small_encoder, tmp
     monkeypatch.setattr(train, "train", fake)
     compared(small_encoder, tmp_path / "r", "--compare", "lora", "static", "--seeds", "0", "1", "2")
     assert "| static | 0.001 | 1 | 2 (1 diverged) | 51.00 ± 1.41 |" in capsys.readouterr().out
+    compared(small_encoder, tmp_path / "r", "--compare", "static", "lora", "--seeds", "1")
+    assert "| static | 0.001 | (1 diverged) |" in " ".join(capsys.readouterr().out.split()).replace("| |", "|").replace("| |", "|").replace("| |", "|")
+
+
+def test_compare_repeats_no_run_for_a_flag_that_its_method_does_not_heed_or_that_another_process_has_done(small_encoder, tmp_path, monkeypatch):
+    trained = []
+
+    def fake(args):
+        trained.append((args.method, args.seed))
+        return {**dict.fromkeys(train.KEPT, 1), "ranks": {}, "metric": "accuracy"}
+    monkeypatch.setattr(train, "train", fake)
+    flags = ["--compare", "lora", "head", "static", "dynamic", "--seeds", "0"]
+    compared(small_encoder, tmp_path / "r", *flags)
+    assert trained == [("lora", 0), ("head", 0), ("static", 0), ("dynamic", 0)]
+    for more, again in ((["--realloc-every", "0.5"], ["dynamic"]), (["--probe-batches", "3"], ["static", "dynamic"]), (["--lr", "0.01"], ["lora", "static", "dynamic"])):
+        trained.clear()
+        compared(small_encoder, tmp_path / "r", *flags, *more)
+        assert trained == [(method, 0) for method in again]
+
+    def meanwhile(args):  # the other process ends seed 1 while this one trains seed 0
+        record = json.loads((tmp_path / "r").read_text().splitlines()[0])
+        (tmp_path / "s").write_text(json.dumps(record | {"key": record["key"] | {"seed": 1}}) + "\n")
+        return fake(args)
+    monkeypatch.setattr(train, "train", meanwhile)
+    trained.clear()
+    compared(small_encoder, tmp_path / "s", "--compare", "lora", "--seeds", "0", "1", "2")
+    assert trained == [("lora", 0), ("lora", 2)]
+
+
+def test_what_only_has_a_head_or_everything_needs_no_search_space(small_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda args: {**dict.fromkeys(train.KEPT, 1), "ranks": {}, "metric": "accuracy"})
+    compared(small_encoder, tmp_path / "r", "--compare", "head", "full", "--targets", "none", "--shortcuts", "none", "--seeds", "0")
 
 
 @pytest.mark.parametrize("flags,advice", [(["--compare", "lora", "static:gradnorm"], "gradnorm is no proxy"), (["--compare", "static:rank=99"], "rank"), (["--compare", "best"], "invalid choice: 'best'"),
-                                          (["--compare", "lora:colour=red"], "colour=red"), (["--seeds", "1"], "--seed"), (["--lr", "1", "2"], "--compare"), (["--compare", "lora", "--out", "x"], "no --out"), (["--compare", "lora", "--merge", "x"], "--merge"), (["--compare", "lora:seed=3"], "seed=3"), (["--compare", "lora:out=x"], "out=x"),
+                                          (["--compare", "lora:colour=red"], "colour=red"), (["--seeds", "1"], "--seed"), (["--results", "x"], "--compare"), (["--compare", "lora", "--seed", "1"], "--seeds"), (["--compare", "lora", "--method", "static"], "what it lists"), (["--compare", "lora", "--benchmark", "3"], "no --benchmark"), (["--lr", "1", "2"], "--compare"), (["--compare", "lora", "--out", "x"], "no --out"), (["--compare", "lora", "--merge", "x"], "--merge"), (["--compare", "lora:seed=3"], "seed=3"), (["--compare", "lora:out=x"], "out=x"),
                                           (["--compare", "lora", "--holdout", "0.2", "--lr", "1e-3", "2e-3"], "chosen on what is reported"), (["--compare", "lora", "--results", "no/such/folder"], "no/such/folder"),
                                           (["--compare", "lora", "--train-limit", "1", "--holdout", "0.5"], "leaves nothing"), (["--compare", "dynamic", "--shortcuts", "dropout"], "no connection point is called 'dropout'")])
 def test_bad_comparisons_are_refused_before_any_training(small_encoder, tmp_path, flags, advice, capsys, monkeypatch):

@@ -150,8 +150,10 @@ def parse_args(argv=None, others=None):
         parser.error("--svg needs --show RUN_DIR")
     if isinstance(args.lr, list) and not args.compare:
         args.lr = args.lr[0] if len(args.lr) == 1 else parser.error("--lr takes a list only with --compare")
-    if args.seeds and not args.compare:
-        parser.error("--seeds needs --compare; one run takes --seed")
+    if not args.compare and {"seeds", "results"} & set(given):
+        parser.error("--seeds and --results need --compare; one run takes --seed, and --out")
+    if args.compare and {"seed", "method", "benchmark"} & set(given):
+        parser.error("--compare takes no --benchmark; its methods are what it lists, and it has --seeds for --seed")
     extra = [f"--{key.replace('_', '-')}" for key in given if saved and key != saved and key not in WITH[saved]]
     if extra:
         parser.error(f"--{saved} takes the flags of the run from its config.json, and beside them no {', '.join(extra)}")
@@ -834,6 +836,9 @@ def predict_texts(args):
 
 TUNED_ON = 0.2, 2  # for a list of --lr: share of the training set that is held out, and number of seeds
 NO_MATTER = ("model", "data_dir", "device", "log_every", "save_every", "out", "svg", "compare", "seeds", "results", "benchmark", "merge", "export_peft", *WITH)  # to a result
+SEARCH = ("proxy", "granularity", "order", "scale", "pool", "realloc_every", "probe", "probe_batches", "head_warmup", "warmup_steps", "warmup_rank", "warmup_values")
+ADAPTERS = (*SEARCH, "budget", "targets", "shortcuts", "rank", "alpha", "shortcut_alpha", "allocator")
+UNUSED = {"static": ("realloc_every", "probe"), "lora": SEARCH, "full": ADAPTERS, "head": (*ADAPTERS, "lr")}  # by a method: its runs are the same whatever these say
 KEPT = ("metric", "last", "best", "params_budget", "params_active", "params_ever_trained", "search_seconds", "samples_per_second")  # of a result
 
 
@@ -849,7 +854,7 @@ def contender(args, spec):
         if flag is None or flag.replace("-", "_") not in set(Parser.flags) - {*NO_MATTER, "task", "seed", "method", "holdout", "train_limit"}:
             raise UsageError(f"--compare {spec}: {option} is no proxy or allocator, and not FLAG=VALUE with a flag of python train.py --help in which runs of one comparison may differ")
         argv += [f"--{flag.replace('_', '-')}", value]
-    return parse_args(argv, argparse.Namespace(**{**vars(args), "compare": None, "seeds": None, "lr": None}))
+    return parse_args(argv, argparse.Namespace(**{**vars(args), "compare": None, "seeds": None, "lr": None, "budget": None}))
 
 
 def read_results(path):
@@ -878,8 +883,8 @@ def compare(args):
     seeds, grid_of_lr, device = [*dict.fromkeys(args.seeds or [0, 1, 2, 3, 4])], args.lr or [None], start(args)
     if args.holdout and len(grid_of_lr) > 1:
         raise UsageError("--holdout with several --lr: the learning rate would be chosen on what is reported; give one of them")
-    whole = contender(args, "dynamic")
-    whole.budget = whole.budget or "25%"
+    whole = contender(args, "dynamic" if args.targets or args.shortcuts else "head")
+    whole.budget = args.budget or "25%"
     chosen = {spec: contender(args, spec) for spec in args.compare}
     with refusing():
         task, tokenizer, model, _ = prepare(whole, device, print)
@@ -890,14 +895,16 @@ def compare(args):
         for one in chosen.values():
             one.own_lr = one.lr is not None or one.method == "head"
             one.lr = one.lr or grid_of_lr[0]
-            one.budget = whole.budget if one.budget == args.budget else one.budget
+            one.budget = one.budget or whole.budget
             prepare(one, device, lambda line: None)
     done = read_results(args.results)
 
     def run(spec, seed, lr, **more):
         flags = argparse.Namespace(**{**vars(chosen[spec]), "seed": seed, "lr": lr, **more})
-        key = {name: getattr(flags, name) for name in ("fingerprint", *Parser.flags) if name not in NO_MATTER}
+        key = {name: getattr(flags, name) for name in ("fingerprint", *Parser.flags) if name not in (*NO_MATTER, *UNUSED.get(flags.method, ()))}
         key = json.dumps({**key, "identity": whole.identity}, sort_keys=True)
+        if key not in done:  # another process may be at the same comparison
+            done.update(read_results(args.results))
         if key not in done:
             begun = time.perf_counter()
             try:
