@@ -379,7 +379,7 @@ def test_glue_syntax_is_tabs_and_line_ends_only_and_errors_name_file_and_line(tm
 
 def test_metrics_are_the_formulas():
     p, y = [1, 1, 0, 0, 1, 0, 1], [1, 0, 0, 1, 1, 0, 1]
-    tp, fp, fn, tn = 3, 1, 1, 2
+    tp, fp, fn = 3, 1, 1
     assert data.accuracy_and_f1(p, y) == {"accuracy": pytest.approx(5 / 7), "f1": pytest.approx(2 * tp / (2 * tp + fp + fn))}
     assert data.matthews(p, y)["matthews"] == pytest.approx(np.corrcoef(p, y)[0, 1])
     assert data.matthews([1, 1], [1, 0]) == {"matthews": 0.0} and data.accuracy_and_f1([0, 0], [0, 0])["f1"] == 0.0
@@ -2279,7 +2279,7 @@ def test_the_readmes_own_proxy_and_allocator_work_as_shown(small_encoder, tmp_pa
     assert len(blocks) == 3
     for i, block in enumerate(blocks):
         (tmp_path / f"mine{i}.py").write_text(block)
-        flags = re.search(rf"^python mine.py (.*)$", readme().split(block)[1], re.M)[1].split()
+        flags = re.search(r"^python mine.py (.*)$", readme().split(block)[1], re.M)[1].split()
         done = subprocess.run([sys.executable, str(tmp_path / f"mine{i}.py"), *flags, "--model", small_encoder, "--max-steps", "2", "--rank", "4", "--probe-batches", "1", "--head-warmup", "1"],
                               cwd=HERE, env={**os.environ, "PYTHONPATH": HERE}, capture_output=True, text=True)
         assert done.returncode == 0 and re.search(r"alloc @ step 0 \| on [1-9]", done.stdout), done.stderr
