@@ -1,0 +1,129 @@
+"""Allocation rules beside the paper's, registered on import: baselines and variants of greedy."""
+
+from operator import itemgetter
+
+import torch
+
+from heterolora import SHORTCUTS, allocator, greedy
+
+
+def price_of(costs, ranks):
+    """Return the parameters of an allocation {name: rank}."""
+    return sum(sum(costs[name][:rank]) for name, rank in ranks.items())
+
+
+@allocator("uniform")
+def uniform(scores, costs, budget, generator):
+    """Give every module the same rank, the largest that fits: plain LoRA."""
+    most = max(map(len, costs.values()), default=0)
+    for rank in range(most, 0, -1):
+        ranks = {name: min(rank, len(prices)) for name, prices in costs.items()}
+        if price_of(costs, ranks) <= budget:
+            return ranks
+    return dict.fromkeys(costs, 0)
+
+
+def layers_of(costs):
+    """Return the names of the modules as a list for every layer, in the model's order."""
+    layers = {}
+    for name in costs:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(layers.values())
+
+
+def in_rounds(costs, budget, layers):
+    """Buy a rank for every module, layer by layer, then a second, and so on, while it fits."""
+    ranks = dict.fromkeys(costs, 0)
+    for rank in range(max(map(len, costs.values()), default=0)):
+        for name in sum(layers, []):
+            is_next = ranks[name] == rank < len(costs[name])
+            if is_next and costs[name][rank] <= budget:
+                ranks[name] += 1
+                budget -= costs[name][rank]
+    return ranks
+
+
+@allocator("first-layers")
+def first_layers(scores, costs, budget, generator):
+    """Spread ranks evenly; what does not reach all layers goes to the first."""
+    return in_rounds(costs, budget, layers_of(costs))
+
+
+@allocator("middle-layers")
+def middle_layers(scores, costs, budget, generator):
+    """Spread ranks evenly; what does not reach all layers goes to those in the middle."""
+    layers = layers_of(costs)
+    middle = (len(layers) - 1) / 2
+    from_middle = sorted(layers, key=lambda names: abs(layers.index(names) - middle))
+    return in_rounds(costs, budget, from_middle)
+
+
+@allocator("last-layers")
+def last_layers(scores, costs, budget, generator):
+    """Spread ranks evenly; what does not reach all layers goes to the last."""
+    return in_rounds(costs, budget, layers_of(costs)[::-1])
+
+
+def without_rises(scores):
+    """Return the closest list that never rises (pool adjacent violators, by least squares).
+
+    A rank needs those before it. One that is better than the last shares the mean of both.
+    """
+    blocks = []  # (mean score, ranks), each mean at most the one before
+    for score in scores:
+        mean = score
+        size = 1
+        while blocks and mean > blocks[-1][0]:
+            mean_before, size_before = blocks.pop()
+            mean = (mean * size + mean_before * size_before) / (size + size_before)
+            size += size_before
+        blocks.append((mean, size))
+    return [mean for mean, size in blocks for _ in range(size)]
+
+
+@allocator("greedy-ranks")
+def greedy_ranks(scores, costs, budget, generator):
+    """Buy single ranks, best score first, while they fit, going on past one that does not.
+
+    A number is shared alike by the ranks of its module. Equal scores come in random order.
+    """
+    items = []  # (score, name), one for each rank
+    for name, score in scores.items():
+        if not isinstance(score, list):
+            score = [score / len(costs[name])] * len(costs[name])
+        for mean in without_rises(score):
+            items.append((mean, name))
+    items = [items[i] for i in torch.randperm(len(items), generator=generator)]
+    items.sort(key=itemgetter(0), reverse=True)  # stable: ties stay shuffled
+    ranks = dict.fromkeys(scores, 0)
+    for _, name in items:
+        price = costs[name][ranks[name]]
+        if price <= budget:
+            ranks[name] += 1
+            budget -= price
+    return ranks
+
+
+@allocator("greedy-separated")
+def greedy_separated(scores, costs, budget, generator):
+    """Let LoRA modules and shortcuts compete apart, each for its share of the search space.
+
+    What rounding or prices leave over goes to the best of what is still off, of either sort.
+    """
+    shortcuts = {}  # name -> score
+    others = {}
+    for name, score in scores.items():
+        if name.split(".")[-1] in SHORTCUTS:
+            shortcuts[name] = score
+        else:
+            others[name] = score
+    search_space = sum(map(sum, costs.values()))
+    ranks = {}
+    for pool in (others, shortcuts):
+        if pool:
+            size = sum(sum(costs[name]) for name in pool)
+            ranks |= greedy(pool, costs, budget * size // search_space, generator)
+    still_off = {name: scores[name] for name, rank in ranks.items() if rank == 0}
+    if still_off:
+        ranks |= greedy(still_off, costs, budget - price_of(costs, ranks), generator)
+    return ranks

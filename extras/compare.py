@@ -1,0 +1,225 @@
+"""Train contenders with the same seeds, data and budget, and print a Markdown table.
+
+    python -m extras.compare lora random static:grad-norm --task mrpc --model roberta-base
+    python -m extras.compare lora dynamic:rank=4:lr=1e-3 --seeds 0 1 2 3 --lr 1e-3 3e-3
+
+A contender is METHOD[:FLAG=VALUE]... with flags of train.py; a VALUE alone is a proxy or an
+allocator. `random` is static:constant. Other flags of train.py hold for all contenders. Runs that
+have ended are kept in a file of JSON lines, and are not done again.
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import json
+import math
+import statistics
+import sys
+import warnings
+import zlib
+
+import torch
+
+import extras.allocators  # noqa: F401  they register what a contender can name
+import extras.proxies  # noqa: F401
+import train
+from data import InputError
+from extras.evidence import paired_difference
+from extras.state import checksum
+from heterolora import ALLOCATORS, PROXIES
+
+TUNING_SEEDS = 2  # so many seeds choose among several learning rates
+
+# Flags that change no result, flags that are the same for all, and what a method does not use.
+NO_MATTER = {"data_dir", "device", "out", "resume", "command"}
+SHARED = {"task", "train_limit", "holdout", "model", "method", "budget", "seed"} | NO_MATTER
+SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_steps"}
+SPACE = {"budget", "targets", "shortcuts", "rank", "alpha", "shortcut_alpha", "adapter"}
+SPACE |= {"allocator"}
+UNUSED = {"dynamic": set(), "static": {"realloc_every"}, "lora": SEARCH}
+UNUSED |= {"full": SEARCH | SPACE, "head": SEARCH | SPACE | {"lr"}}
+
+
+def contender_argv(spec, known):
+    """Return a contender as train.py's arguments; known are all flags. Raises InputError."""
+    method, *options = spec.split(":")
+    if method == "random":
+        method, options = "static", ["constant", *options]
+    argv = [f"--method={method}"]
+    for option in options:
+        flag, _, value = option.partition("=")
+        name = flag.replace("-", "_")
+        if option in PROXIES:
+            argv.append(f"--proxy={option}")
+        elif option in ALLOCATORS:
+            argv.append(f"--allocator={option}")
+        elif name in SHARED:
+            raise InputError(f"{spec}: contenders cannot differ in {flag}: give it once, for all")
+        elif name not in known or not value:
+            raise InputError(f"{spec}: {option!r} is no proxy or allocator, and no FLAG=VALUE")
+        else:
+            argv.append(f"--{name.replace('_', '-')}={value}")
+    return argv
+
+
+def prepare(args, argv):
+    """Check all that the runs need -> {contender: its flags, complete}. Raises InputError.
+
+    The budget is in parameters; a share, such as 25%, is of the search space that argv describes.
+    """
+    common = train.parse_args(argv)
+    if common.out or common.resume or common.seed != 0 or common.method != "dynamic":
+        raise InputError("compare takes no --out, --resume, --seed or --method: see its --help")
+    if len(args.lr) > 1:
+        common.holdout = args.holdout
+    train.prepare(common)
+    argv = [*argv, f"--budget={common.budget}"] + [f"--lr={lr}" for lr in args.lr[:1]]
+    contenders = {}
+    for spec in args.contenders:
+        flags = train.parse_args([*argv, *contender_argv(spec, vars(common))])
+        try:
+            task, _, model, _ = train.prepare(flags)
+        except InputError as error:
+            raise InputError(f"{spec}: {error}") from None
+        # Results on other data or another checkpoint do not count, whatever its name.
+        flags.data_checksum = zlib.crc32(repr((task.train, task.dev)).encode())
+        flags.checkpoint = checksum(model.encoder)
+        contenders[spec] = flags
+    return contenders
+
+
+def open_results(path):
+    """Make sure that results can be appended, on a line of their own. Raises OSError."""
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+        file.seek(0)
+        if file.read()[-1:] not in ("", "\n"):
+            file.write("\n")
+
+
+def read_results(path):
+    """Return {flags as text: result}. A line that is not whole is left out, with a warning."""
+    results = {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                results[json.dumps(record["flags"], sort_keys=True)] = dict(record["result"])
+            except (ValueError, KeyError, TypeError):
+                warnings.warn(f"{path}, line {number}: not a result; left out", stacklevel=2)
+    return results
+
+
+def run(spec, flags, path):
+    """Train once, unless the file at path has the result -> result, or {"failed": reason}"""
+    kept = vars(flags).copy()
+    for name in NO_MATTER | UNUSED[flags.method]:
+        kept.pop(name, None)
+    key = json.dumps(kept, sort_keys=True)
+    done = read_results(path)  # anew: another process may be at the same comparison
+    if key in done:
+        return done[key]
+    try:
+        with contextlib.redirect_stdout(None):
+            result = train.train(copy.copy(flags))
+    except FloatingPointError as error:
+        result = {"failed": str(error)}
+    record = {"flags": kept, "result": result, "date": datetime.date.today().isoformat()}
+    record |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    told = result.get("failed") or f"{result['metric']} {result['last']:.4f}"
+    print(f"run     {spec} seed {flags.seed} lr {flags.lr:g} | {told}", flush=True)
+    return result
+
+
+def choose_lr(spec, flags, args):
+    """Return the learning rate that is best on a held-out part of the training set."""
+    flags = copy.copy(flags)
+    flags.holdout = args.holdout
+    totals = dict.fromkeys(args.lr, 0)
+    for flags.lr in args.lr:
+        for flags.seed in args.seeds[:TUNING_SEEDS]:
+            result = run(f"{spec}, held out,", flags, args.results)
+            totals[flags.lr] += result.get("last", -math.inf)
+    return max(totals, key=totals.get)
+
+
+def compare(args, argv):
+    """Train every contender with every seed -> Markdown table. Raises InputError before any run."""
+    contenders = prepare(args, argv)
+    open_results(args.results)
+    for spec, flags in contenders.items():
+        if len(args.lr) > 1 and flags.method != "head" and ":lr=" not in spec:
+            flags.lr = choose_lr(spec, flags, args)
+    results = {spec: [] for spec in contenders}
+    for seed in args.seeds:
+        for spec, flags in contenders.items():
+            flags.seed = seed
+            results[spec].append(run(spec, flags, args.results))
+    return table(contenders, results)
+
+
+def in_percent(values):
+    """Return "mean ± standard deviation" in percent."""
+    text = f"{100 * statistics.mean(values):.2f}"
+    return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.2f}"
+
+
+def difference(runs, others):
+    """Return the mean paired difference in percent and its interval, "" if there is no pair."""
+    differences = []
+    for result, other in zip(runs, others, strict=True):
+        if "failed" not in result and "failed" not in other:
+            differences.append(100 * (result["last"] - other["last"]))
+    if runs is others or not differences:
+        return ""
+    mean, half = paired_difference(differences)
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def table(contenders, results):
+    """Return a Markdown table of {contender: its results, in the order of the seeds}.
+
+    A difference is over the seeds at which both ended, with a 95 % interval of Student's t.
+    """
+    first = next(iter(results.values()))
+    head = "contender | lr | n | last | best | parameters | minus the first [95 %] | seconds"
+    lines = [f"| {head} |", "|---|---|---|---|---|---|---|---|"]
+    for spec, runs in results.items():
+        ended = [result for result in runs if "failed" not in result]
+        row = [f"`{spec}`", f"{contenders[spec].lr:g}", f"{len(ended)} of {len(runs)}"]
+        if ended:
+            seconds = [result["train_seconds"] + result["search_seconds"] for result in ended]
+            row.append(in_percent([result["last"] for result in ended]))
+            row.append(in_percent([result["best"] for result in ended]))
+            row.append(f"{max(result['params_active'] for result in ended):,}")
+            row.append(difference(runs, first))
+            row.append(f"{statistics.mean(seconds):.0f}")
+        row += [""] * (8 - len(row))
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="compare.py", allow_abbrev=False,
+                                     description=__doc__.splitlines()[0])  # fmt: skip
+    add = parser.add_argument
+    add("contenders", nargs="+", metavar="CONTENDER", help="METHOD[:FLAG=VALUE]...; these first")
+    add("--seeds", type=train.number(int, -1), nargs="+", default=[0, 1, 2])
+    add("--lr", type=train.number(float, 0), nargs="+", default=[], help="each chooses its own")
+    add("--holdout", type=train.number(float, 0), default=0.2, help="share that chooses it (0.2)")
+    add("--results", metavar="FILE", default="results.jsonl")
+    args, rest = parser.parse_known_args(argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    try:
+        print(compare(args, rest))
+    except (InputError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"stopped; what ended is in {args.results}, and is not done again", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Evaluate a finished run: python -m extras.evaluate RUN [--task NAME] [--data-dir DIR]
+
+The task is the run's own, or another of the same form: as many texts, and the same labels.
+"""
+
+import argparse
+import sys
+
+import data
+import train
+from data import InputError
+
+
+def evaluate_run(folder, task_name=None, data_dir=None):
+    """Return {metric: value, ..., "loss": mean} over the dev set. Raises InputError."""
+    model = train.load_run(folder)
+    name = task_name or model.args.task
+    task = data.load_task(name, data_dir or model.args.data_dir)
+    if model.args.holdout and not task_name:
+        task = data.hold_out(task, model.args.holdout)
+    texts = 1 if task.dev[0][1] is None else 2
+    if list(task.labels) != list(model.labels) or texts != model.texts:
+        raise InputError(
+            f"{folder} sorts {model.texts} text(s) into {', '.join(model.labels)}; "
+            f"{name} has {texts} and {', '.join(task.labels)}"
+        )
+    split = data.Split(task.dev, model.tokenizer, model.args.max_length, "cpu")
+    return train.evaluate(model, split, task.metric)
+
+
+def main(argv=None):
+    """Run the command line -> exit status"""
+    parser = argparse.ArgumentParser(prog="extras.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("run")
+    parser.add_argument("--task")
+    parser.add_argument("--data-dir")
+    args = parser.parse_args(argv)
+    try:
+        values = evaluate_run(args.run, args.task, args.data_dir)
+    except (InputError, FloatingPointError) as error:
+        print(f"evaluate: error: {error}", file=sys.stderr)
+        return 2
+    print("eval " + " | ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Write a finished run as an ordinary Hugging Face checkpoint, as a PEFT adapter, or as both.
+
+    python -m extras.export RUN --merge DIR    # LoRA folded into the weights
+    python -m extras.export RUN --peft DIR     # LoRA beside the weights of the checkpoint
+
+With --pooling cls the head is that of Hugging Face's classifiers. They know no other pooling: with
+mean it comes apart, in head.safetensors (0.weight, 0.bias, then tanh, 3.weight, 3.bias).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+
+import train
+from data import InputError
+from extras.checkpoints import hf_name, write_checkpoint, write_safetensors
+from extras.files import cache_path, new_folder, read_json, write
+from heterolora import LoRA, LoRALinear, LoRAShortcut
+
+HEADS = {  # number of a linear in our head -> its name in the family's classifier
+    "bert": {"0": "bert.pooler.dense", "3": "classifier"},
+    "roberta": {"0": "classifier.dense", "3": "classifier.out_proj"},
+}
+HEAD_MODULES = {"bert": ["classifier", "pooler"], "roberta": ["classifier"]}
+TOKENIZER_FILES = ("vocab.", "merges.", "tokenizer", "special_tokens")  # how their names begin
+
+
+def full_name(classifier, name):
+    """Return Hugging Face's name of a part of the encoder, in a classifier or in a bare model."""
+    prefix = f"{classifier.config.model_type}." if classifier.pooling == "cls" else ""
+    return prefix + hf_name(name)
+
+
+def add_head(classifier, tensors):
+    """Add the head to tensors {full name: tensor}, if Hugging Face's classifiers have it."""
+    if classifier.pooling == "cls":
+        for name, tensor in classifier.head.state_dict().items():
+            number, last = name.split(".")
+            tensors[f"{HEADS[classifier.config.model_type][number]}.{last}"] = tensor
+
+
+def write_head_apart(classifier, folder):
+    """Write head.safetensors, if Hugging Face's classifiers do not have the head."""
+    if classifier.pooling != "cls":
+        write_safetensors(os.path.join(folder, "head.safetensors"), classifier.head.state_dict())
+
+
+def merged_state(encoder):
+    """Return the state dict of a plain encoder that computes what this one does, adapters included.
+
+    Connections have no weights to fold an adapter into: theirs must be off.
+    """
+    state = {}
+    for name, tensor in encoder.state_dict().items():
+        if ".adapter." not in name:
+            state[name.replace(".host.", ".")] = tensor
+    for name, module in encoder.named_modules():
+        if isinstance(module, LoRALinear) and module.adapter.rank > 0:
+            state[f"{name}.weight"] = module.merged_weight()
+    return state
+
+
+def save_merged(classifier, folder):
+    """Write a new Hugging Face folder: the checkpoint's config.json and tokenizer, new weights."""
+    checkpoint = classifier.encoder.folder
+    config = read_json(os.path.join(checkpoint, "config.json"))
+    config.pop("dtype", None)  # the newer name of torch_dtype
+    config |= dataclasses.asdict(classifier.config) | {"torch_dtype": "float32"}
+    kind = "Model"
+    if classifier.pooling == "cls":
+        kind = "ForSequenceClassification"
+        config["id2label"] = dict(enumerate(classifier.labels))
+        config["label2id"] = {label: number for number, label in enumerate(classifier.labels)}
+    config["architectures"] = [classifier.config.model_type.capitalize() + kind]
+    state = merged_state(classifier.encoder)
+    tensors = {full_name(classifier, name): tensor for name, tensor in state.items()}
+    add_head(classifier, tensors)
+    with new_folder(folder) as new:
+        write_checkpoint(new, config, tensors)
+        write_head_apart(classifier, new)
+        for name in os.listdir(checkpoint):
+            if name.startswith(TOKENIZER_FILES):
+                shutil.copyfile(os.path.join(checkpoint, name), os.path.join(new, name))
+
+
+def save_peft(classifier, folder):
+    """Write a new folder with the LoRA modules that are on, as Hugging Face's PEFT reads it.
+
+    PEFT scales the update of a module by alpha / rank. Here `scale` does not depend on the rank, so
+    alpha is scale * rank. Both may differ from module to module.
+    """
+    on = {full_name(classifier, name): a for name, a in classifier.adapters.items() if a.rank > 0}
+    ranks = {module: adapter.rank for module, adapter in on.items()}
+    alphas = {module: adapter.scale * adapter.rank for module, adapter in on.items()}
+    tensors = {}
+    for module, adapter in on.items():
+        A, B = [parameter[slices] for parameter, slices in adapter.active(adapter.rank)]
+        tensors[f"{module}.lora_A.weight"] = A
+        tensors[f"{module}.lora_B.weight"] = B
+    downloads = os.path.join(os.path.abspath(cache_path("hub")), "")
+    hub_id_or_path = os.path.abspath(classifier.encoder.folder).removeprefix(downloads)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": hub_id_or_path,
+        "target_modules": sorted(ranks),
+        "r": max(ranks.values()),
+        "rank_pattern": ranks,
+        "lora_alpha": max(alphas.values()),
+        "alpha_pattern": alphas,
+    }
+    if classifier.pooling == "cls":
+        modules = HEAD_MODULES[classifier.config.model_type]
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": modules}
+    add_head(classifier, tensors)
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    with new_folder(folder) as new:
+        write(os.path.join(new, "adapter_config.json"), json.dumps(config, indent=1))
+        write_safetensors(os.path.join(new, "adapter_model.safetensors"), tensors)
+        write_head_apart(classifier, new)
+
+
+def check_adapters(classifier, for_peft):
+    """Raise InputError for adapters that the new folders cannot hold."""
+    on = {name: adapter for name, adapter in classifier.adapters.items() if adapter.rank > 0}
+    for name, adapter in on.items():
+        if isinstance(classifier.encoder.get_submodule(name), LoRAShortcut):
+            advice = "train with --shortcuts none, or use the run itself (train.load_run)"
+            raise InputError(f"the shortcut {name} is on, and other formats have none: {advice}")
+        if for_peft and type(adapter) is not LoRA:
+            raise InputError(f"--peft writes LoRA, not {type(adapter).__name__}: use --merge")
+    if for_peft and not on:
+        raise InputError("--peft writes LoRA, and none is on: use --merge")
+
+
+def main(argv=None):
+    """Run the command -> exit status: 0, or 2 with one line on stderr."""
+    parser = argparse.ArgumentParser(prog="extras.export", description=__doc__.splitlines()[0])
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run (--out of train.py)")
+    parser.add_argument("--merge", metavar="DIR", help="new folder for an ordinary checkpoint")
+    parser.add_argument("--peft", metavar="DIR", help="new folder for a PEFT adapter")
+    args = parser.parse_args(argv)
+    try:
+        if args.merge == args.peft:
+            raise InputError("give --merge DIR, --peft DIR, or both, with different folders")
+        for folder in (args.merge, args.peft):
+            if folder and os.path.exists(folder):
+                raise InputError(f"{folder} is there already: give a new folder")
+        classifier = train.load_run(args.run)
+        check_adapters(classifier, for_peft=args.peft)
+        where = "" if classifier.pooling == "cls" else "; the head is in head.safetensors"
+        if args.merge:
+            save_merged(classifier, args.merge)
+            print(f"{args.merge}: an ordinary checkpoint{where}")
+        if args.peft:
+            save_peft(classifier, args.peft)
+            print(f"{args.peft}: a PEFT adapter{where}")
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Faster arithmetic for the encoder on a CPU: the same model, swapped in place by `accelerate`.
+
+model.py says what is computed, this file computes it sooner. Three things are slow there on a CPU:
+attention, whose fused kernel knows no dropout and is slow on short sequences; random numbers for
+dropout; and, on AMD processors, nn.Linear. Elsewhere than on a CPU all modules do what they did.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import Attention
+
+SHORT = 128  # tokens up to which attention written out is faster than the fused kernel
+
+
+def processor_name():
+    """Return the name that the processor gives itself, such as "AMD EPYC"."""
+    return str(torch.cpu.get_capabilities().get("cpu_name"))
+
+
+def accelerate(model):
+    """Swap the slow modules of a Classifier's encoder, or of an Encoder, in place.
+
+    Names, parameters and what isinstance says of a module stay, so this can come before or after
+    heterolora.inject. The head stays as it is. Returns the names of what was swapped.
+    """
+    fast = {}  # class -> what to call it, and the class that replaces it
+    fast[Attention] = ("attention", FastAttention)
+    fast[nn.Dropout] = ("dropout", FastDropout)
+    if "AMD" in processor_name():
+        fast[nn.Linear] = ("frozen float32 linears", FastLinear)
+    swapped = []
+    for module in getattr(model, "encoder", model).modules():
+        if type(module) not in fast:
+            continue
+        name, fast_class = fast[type(module)]
+        module.__class__ = fast_class
+        if name not in swapped:
+            swapped.append(name)
+    return ", ".join(sorted(swapped)) or "nothing"
+
+
+def dropout(x, p):
+    """Set elements of x, of any shape, to 0 with probability p and scale up the rest.
+
+    On a CPU a random byte decides, at a tenth of the cost of F.dropout: p is rounded to a multiple
+    of 1/256. The factor for the rest goes with the rounded p, so that the mean stays.
+    """
+    threshold = round(p * 256)
+    if x.device.type != "cpu" or threshold > 255:
+        return F.dropout(x, p)
+    n = x.numel()
+    n_words = (n + 7) // 8  # of 8 bytes each
+    words = torch.empty(n_words, dtype=torch.int64)
+    words.random_(-(2**63), None)  # from the lowest to the highest number: every bit is random
+    noise = words.view(torch.uint8)[:n]
+    noise = noise.view(x.shape)
+    keep = torch.empty(x.shape, dtype=x.dtype)
+    torch.ge(noise, threshold, out=keep)  # 0 and 1 as floats at once: booleans cost a conversion
+    keep.mul_(256 / (256 - threshold))
+    return x * keep
+
+
+class FastDropout(nn.Dropout):
+    """nn.Dropout from random bytes."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        return dropout(x, self.p)
+
+
+class FastLinear(nn.Linear):
+    """nn.Linear whose frozen float32 weight is applied as a convolution with a 1 x 1 kernel.
+
+    The sums are the same, at twice the speed on an AMD processor: nn.Linear calls MKL, which does
+    not use what such a processor has. A convolution calls oneDNN, which does.
+    """
+
+    def forward(self, x):
+        """x (..., d_in) -> (..., d_out)"""
+        is_float32_on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
+        is_sequence = x.dim() >= 3 and x.numel() > 0
+        if self.weight.requires_grad or not is_float32_on_cpu or not is_sequence:
+            return super().forward(x)
+        image = x.reshape(len(x), -1, 1, self.in_features)  # (B, T, 1, d_in)
+        image = image.permute(0, 3, 1, 2)  # (B, d_in, T, 1): channels last in memory
+        kernel = self.weight[:, :, None, None]  # (d_out, d_in, 1, 1)
+        y = F.conv2d(image, kernel, self.bias)  # (B, d_out, T, 1)
+        y = y.permute(0, 2, 3, 1)  # (B, T, 1, d_out)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class FastAttention(Attention):
+    """Attention written out where that is faster: up to SHORT tokens, or with dropout."""
+
+    def forward(self, q, k, v, mask):
+        """q, k, v (B, T, D) and mask (B, 1, 1, T), True for real tokens -> (B, T, D)"""
+        B, T, D = q.shape
+        p = self.dropout if self.training else 0.0
+        if q.device.type != "cpu" or (p == 0 and T > SHORT):
+            return super().forward(q, k, v, mask)
+        width = D // self.heads
+        q = q.view(B, T, self.heads, width).transpose(1, 2)  # (B, H, T, D/H)
+        k = k.view(B, T, self.heads, width).transpose(1, 2)  # (B, H, T, D/H)
+        v = v.view(B, T, self.heads, width).transpose(1, 2)  # (B, H, T, D/H)
+
+        # The lowest finite number, not -inf: a row of padding alone must not give NaN. At least
+        # float32, and with it the scores and their softmax, where the weights are in 16 bits.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        bias = (1 - mask.to(wide)) * torch.finfo(wide).min  # (B, 1, 1, T)
+        q = q * width**-0.5
+        scores = q @ k.transpose(2, 3) + bias  # (B, H, T, T)
+        weights = scores.softmax(-1).to(v.dtype)
+        if p > 0:
+            weights = dropout(weights, p)
+        y = weights @ v  # (B, H, T, D/H)
+        return y.transpose(1, 2).reshape(B, T, D)

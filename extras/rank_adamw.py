@@ -1,0 +1,78 @@
+"""AdamW that counts the steps of every element, for modules of which only some ranks are on.
+
+torch.optim.AdamW has one step count for a parameter, and divides the moments by what they lack
+while the count is small. A rank that comes on late in a module that is partly on would find a high
+count and moments near 0, and its first steps would be about 3 times as long as those of a new
+parameter. With whole modules this cannot happen: one that is off has no gradient, and waits.
+"""
+
+import torch
+
+from heterolora import partly_on
+
+
+class RankAdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) that leaves ranks that are off alone.
+
+    A parameter of which only a part is on, or ever was, has a count for every element in
+    state["step"]. What is off keeps its value, moments and count. All other parameters are left to
+    torch. groups: as for torch.optim.AdamW. Raises ValueError for amsgrad and maximize.
+    """
+
+    def __init__(self, groups, adapters):
+        super().__init__(groups)
+        self.adapters = adapters
+        for group in self.param_groups:
+            if group["amsgrad"] or group["maximize"]:
+                raise ValueError("RankAdamW has neither amsgrad nor maximize: leave them out")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one step. closure, if given, computes the loss and gradients; returns its loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        masks = partly_on(self.adapters)
+        gradients = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter in masks or self._counts_elements(parameter):
+                    everything = torch.ones_like(parameter, dtype=torch.bool)
+                    self._step_elements(parameter, masks.get(parameter, everything), group)
+                    gradients[parameter] = parameter.grad
+                    parameter.grad = None  # hides it from torch
+        super().step()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        return loss
+
+    def _counts_elements(self, parameter):
+        state = self.state.get(parameter, {})
+        return "step" in state and state["step"].dim() > 0
+
+    def _step_elements(self, parameter, is_on, group):
+        """Take AdamW's step with the elements in the mask is_on, of the parameter's shape."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        # In 32 bits 1 - beta^step would lose digits.
+        steps = state["step"].to(parameter.device, torch.float64).expand_as(parameter).clone()
+        steps[is_on] += 1
+        state["step"] = steps
+
+        beta1, beta2 = group["betas"]
+        gradient = parameter.grad[is_on]
+        m = state["exp_avg"][is_on].lerp(gradient, 1 - beta1)
+        v = state["exp_avg_sq"][is_on] * beta2 + gradient.square() * (1 - beta2)
+        state["exp_avg"][is_on] = m
+        state["exp_avg_sq"][is_on] = v
+
+        m_hat = m / (1 - beta1 ** steps[is_on]).to(m.dtype)
+        v_hat = v / (1 - beta2 ** steps[is_on]).to(v.dtype)
+        decayed = parameter[is_on] * (1 - group["lr"] * group["weight_decay"])
+        parameter[is_on] = decayed - group["lr"] * m_hat / (v_hat.sqrt() + group["eps"])

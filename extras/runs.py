@@ -1,0 +1,243 @@
+"""The folder of a run: logs, the state to resume from, the result, and what was learned.
+
+config.json    the flags of the run, as train.py resolved them, and the checkpoint's checksum
+log.jsonl      a line for every log line with numbers in it
+history.jsonl  the search space, then a line for every allocation
+state.pt       everything that changes while the run trains; gone when it has ended
+adapters.pt    what was learned: active ranks and their values, the head, names of the classes
+result.json    the result; when it is there, the run is finished
+
+Without a folder (path None) a Run only prints.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+
+import torch
+
+import heterolora
+from data import InputError
+from extras.checkpoints import read_pickle
+from extras.files import read_json, write
+from extras.show import changes, grid
+from extras.state import checksum, collect_learned
+
+LOGS = ("log.jsonl", "history.jsonl")
+NOT_SAVED = ("out", "resume", "command")
+
+
+def saved_flags(folder):
+    """Return the flags of the run in a folder, {name: text}. Raises InputError."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise InputError(f"{folder} holds no run: there is no config.json in it")
+    flags = read_json(path).get("flags")
+    if not isinstance(flags, dict) or not all(isinstance(text, str) for text in flags.values()):
+        raise InputError(f"{path}: no flags of a run in it")
+    return flags
+
+
+class Run:
+    """One run's output. It prints; with a folder it also writes. Raises InputError."""
+
+    def __init__(self, folder, is_new):
+        self.folder = folder
+        if folder and is_new:
+            used = [name for name in ("config.json", *LOGS) if os.path.exists(self.path(name))]
+            if used:
+                raise InputError(
+                    f"--out {folder} holds a run already: give a new folder, or --resume"
+                )
+            try:
+                os.makedirs(folder, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--out {folder} cannot be made: {error.strerror}") from None
+
+    def path(self, name):
+        """Return the path of a file of the run."""
+        return os.path.join(self.folder, name)
+
+    def is_finished(self):
+        """Tell whether the run has ended."""
+        return bool(self.folder) and os.path.isfile(self.path("result.json"))
+
+    def has_state(self):
+        """Tell whether there is a state to go on from."""
+        return bool(self.folder) and os.path.isfile(self.path("state.pt"))
+
+    def result(self):
+        """Return the result of a finished run."""
+        print(f"{self.folder} is finished: {self.path('result.json')}")
+        return read_json(self.path("result.json"))
+
+    def begin(self, args, model):
+        """Print the command and the flags; save them, or on --resume compare the checkpoint."""
+        flags = {}
+        for name, value in vars(args).items():
+            if value is not None and name not in NOT_SAVED:
+                flags[name] = (",".join(value) or "none") if isinstance(value, list) else str(value)
+        self.log(f"command {args.command}")
+        self.log("config  " + " ".join(f"{name}={value}" for name, value in flags.items()))
+        if not self.folder:
+            return
+        weights = checksum(model.encoder)
+        if not os.path.isfile(self.path("config.json")):
+            config = {"command": args.command, "flags": flags, "checkpoint": weights}
+            write(self.path("config.json"), json.dumps(config, indent=1))
+        elif args.method != "full" and read_json(self.path("config.json"))["checkpoint"] != weights:
+            raise InputError(f"{args.model} has other weights than when {self.folder} began")
+
+    # ------------------------------------------------------------------------------ log lines
+
+    def log(self, line, **numbers):
+        """Print a line; its numbers go to log.jsonl."""
+        print(line, flush=True)
+        if numbers:
+            self.append("log.jsonl", numbers)
+
+    def append(self, name, record):
+        """Append a record to a file of JSON lines."""
+        if self.folder:
+            with open(self.path(name), "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def log_step(self, progress, total, steps):
+        """Print the mean loss of the last `steps` steps, and the speed since the start."""
+        loss = progress.loss / steps
+        progress.loss = 0.0
+        speed = progress.samples / progress.train_seconds
+        milliseconds = 1000 * progress.train_seconds / progress.step
+        line = f"step {progress.step:6d}/{total} | loss {loss:.4f} | {milliseconds:.1f} ms/step"
+        self.log(f"{line} | {speed:.1f} samples/s", kind="step", step=progress.step, loss=loss)
+
+    def log_evaluation(self, progress, total):
+        """Print the last evaluation."""
+        values = progress.evaluations[-1]
+        line = f"eval {progress.step:6d}/{total} | {in_words(values)}"
+        self.log(line, kind="eval", step=progress.step, **values)
+
+    def log_allocation(self, search, entry):
+        """Print what came on and what went off; save the whole entry to history.jsonl."""
+        ranks = entry["ranks"]
+        on = sum(rank > 0 for rank in ranks.values())
+        line = f"alloc @ step {entry['step']} | on {on}/{len(ranks)} modules"
+        line += f" | {entry['parameters']:,}/{search.budget:,} params"
+        if len(search.history) == 1:
+            costs = heterolora.rank_costs(search.adapters)
+            modules = {}
+            for name in costs:
+                is_shortcut = name.split(".")[-1] in heterolora.SHORTCUTS
+                modules[name] = {"costs": costs[name], "shortcut": is_shortcut}
+            self.append("history.jsonl", {"modules": modules})
+        else:
+            came, went, overlap = changes(ranks, search.history[-2]["ranks"])
+            words = [f"+{name.removeprefix('layers.')}" for name in came]
+            words += [f"-{name.removeprefix('layers.')}" for name in went]
+            line += f" | jaccard {overlap:.2f} | {' '.join(words) or 'no change'}"
+        if on == 0:
+            line += " | nothing fits the budget: only the head trains"
+        self.log(line)
+        self.append("history.jsonl", entry)
+
+    def log_grid(self, adapters):
+        """Print the ranks that are on, layers down and types of modules across."""
+        if adapters:
+            ranks = {name: adapter.rank for name, adapter in adapters.items()}
+            self.log(grid(heterolora.rank_costs(adapters), ranks))
+
+    # ---------------------------------------------------------------------------- the state
+
+    def save(self, state, data_checksum):
+        """Write state.pt, whole or not at all."""
+        if self.folder:
+            sizes = {}
+            for name in LOGS:
+                is_there = os.path.isfile(self.path(name))
+                sizes[name] = os.path.getsize(self.path(name)) if is_there else 0
+            content = state.collect() | {"data": data_checksum, "sizes": sizes}
+            write(self.path("state.pt"), lambda file: torch.save(content, file))
+
+    def load(self, state, data_checksum):
+        """Put back what `save` wrote, and cut the logs back to that moment. Raises InputError."""
+        saved = read_pickle(self.path("state.pt"), ("progress", "trained", "data", "sizes"))
+        if saved["data"] != data_checksum:
+            raise InputError("the training data are not those that the run began with")
+        try:
+            state.restore(saved)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{self.path('state.pt')} does not fit the run: {reason}") from None
+        for name in LOGS:
+            size = saved["sizes"].get(name, 0)
+            if os.path.isfile(self.path(name)) and os.path.getsize(self.path(name)) >= size:
+                os.truncate(self.path(name), size)
+        self.log(f"resume  {self.folder} after step {state.progress.step}")
+
+    def finish(self, result, task, model, adapters):
+        """Print the result; write it and what was learned, and remove the state."""
+        self.log_grid(adapters)
+        line = f"result  {result['task']} {result['method']} seed {result['seed']}"
+        best = f"best {result['metric']} {result['best']:.4f}"
+        self.log(f"{line} | {in_words(result['dev'])} | {best}")
+        self.log(
+            f"params  active {result['params_active']:,} | ever trained "
+            f"{result['params_ever_trained']:,} | head {result['params_head']:,}"
+        )
+        self.log(
+            f"time    training {result['train_seconds']:.1f} s | search "
+            f"{result['search_seconds']:.1f} s | {result['samples_per_second']:.1f} samples/s | "
+            f"peak memory {result['peak_memory_mb']:.0f} MB"
+        )
+        if self.folder:
+            learned = collect_learned(task, model, adapters)
+            write(self.path("adapters.pt"), lambda file: torch.save(learned, file))
+            write(self.path("result.json"), json.dumps(result, indent=1))
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path("state.pt"))
+
+
+def in_words(values):
+    """Turn {"accuracy": 0.5, ...} into "accuracy 0.5000 | ..."."""
+    return " | ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def summarise(args, model, adapters, search, progress, device):
+    """Return the result of a run as result.json holds it. The last evaluation counts."""
+    metric = next(iter(progress.evaluations[-1]))
+    trained = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)
+    active = heterolora.cost(adapters) if adapters else trained
+    ever = heterolora.cost(adapters, search.highest_ranks) if search else active
+    everything = {name: adapter.max_rank for name, adapter in adapters.items()}
+    return {
+        "task": args.task,
+        "method": args.method,
+        "proxy": args.proxy if search else None,
+        "seed": args.seed,
+        "metric": metric,
+        "last": progress.evaluations[-1][metric],
+        "best": max(evaluation[metric] for evaluation in progress.evaluations),
+        "dev": progress.evaluations[-1],
+        "steps": progress.step,
+        "params_budget": int(args.budget) if adapters else None,
+        "params_active": active,
+        "params_ever_trained": ever,
+        "params_search_space": heterolora.cost(adapters, everything),
+        "params_head": sum(p.numel() for p in model.head.parameters()),
+        "ranks": {name: adapter.rank for name, adapter in adapters.items()},
+        "train_seconds": progress.train_seconds,
+        "search_seconds": progress.search_seconds,
+        "samples_per_second": progress.samples / progress.train_seconds,
+        "peak_memory_mb": peak_memory_mb(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory_mb(device):
+    """Return the peak memory of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,165 @@
+"""What a run holds while it trains, what it has learned, and how both are put back.
+
+`State` is everything that a run needs to go on, bit for bit on a CPU. What was learned is less: the
+ranks that are on and their values, the head, and the names of the classes.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import zlib
+
+import torch
+
+import heterolora
+from data import InputError
+from extras.checkpoints import read_pickle
+from extras.files import read_json
+
+
+def checksum(encoder):
+    """Return a number that tells one checkpoint's weights from another's."""
+    total = 0
+    for name, tensor in encoder.state_dict().items():
+        if ".adapter." not in name:
+            content = tensor.detach().cpu().float().contiguous().flatten().numpy()
+            total = zlib.crc32(content.data, total)
+    return total
+
+
+@dataclasses.dataclass
+class State:
+    """The objects that change while a run trains. Random numbers of dropout are torch's own."""
+
+    progress: object
+    model: object
+    adapters: dict
+    optimizer: object
+    schedule: object
+    search: object
+    data_order: torch.Generator
+    probing: torch.Generator
+
+    def collect(self):
+        """Return everything as plain values and tensors."""
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "trained": {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad},
+            "ranks": {name: adapter.rank for name, adapter in self.adapters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generators": [self.data_order.get_state(), self.probing.get_state()],
+            "dropout": torch.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            state["dropout_cuda"] = torch.cuda.get_rng_state()
+        if self.search:
+            recorded = {}
+            for name, adapter in self.adapters.items():
+                if adapter in self.search.sums:
+                    recorded[name] = list(self.search.sums[adapter])
+            state["search"] = {
+                "history": self.search.history,
+                "highest_ranks": self.search.highest_ranks,
+                "generator": self.search.generator.get_state(),
+                "recorded": recorded,
+                "batches": self.search.batches,
+            }
+        return state
+
+    def restore(self, state):
+        """Put back what `collect` returned."""
+        for field in dataclasses.fields(self.progress):
+            setattr(self.progress, field.name, state["progress"][field.name])
+        self.model.load_state_dict(state["trained"], strict=False)
+        heterolora.set_ranks(self.adapters, state["ranks"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.data_order.set_state(state["generators"][0])
+        self.probing.set_state(state["generators"][1])
+        torch.set_rng_state(state["dropout"])
+        if torch.cuda.is_available() and "dropout_cuda" in state:
+            torch.cuda.set_rng_state(state["dropout_cuda"])
+        if self.search:
+            saved = state["search"]
+            self.search.history = saved["history"]
+            self.search.highest_ranks = saved["highest_ranks"]
+            self.search.generator.set_state(saved["generator"])
+            self.search.batches = saved["batches"]
+            for name, sums in saved["recorded"].items():
+                self.search.sums[self.adapters[name]] = sums
+
+
+def collect_learned(task, model, adapters):
+    """Return what a run has learned and no more: what is on, the head, for full the encoder."""
+    blocks = {}
+    for name, adapter in adapters.items():
+        active = adapter.active(adapter.rank)
+        blocks[name] = [parameter[slices].detach().clone() for parameter, slices in active]
+    learned = {
+        "ranks": {name: adapter.rank for name, adapter in adapters.items()},
+        "adapters": blocks,
+        "head": model.head.state_dict(),
+        "labels": list(task.labels),
+        "texts": 1 if task.dev[0][1] is None else 2,
+    }
+    if not adapters and next(model.encoder.parameters()).requires_grad:
+        learned["encoder"] = model.encoder.state_dict()
+    return learned
+
+
+def read_learned(folder):
+    """Return what `collect_learned` made, from a finished run's folder. Raises InputError."""
+    path = os.path.join(folder, "adapters.pt")
+    if not os.path.isfile(path):
+        raise InputError(f"{folder} has no adapters.pt: has the run ended?")
+    return read_pickle(path, ("ranks", "adapters", "head", "labels", "texts"))
+
+
+def put_learned(folder, learned, model, adapters):
+    """Put what was learned into a model built from the same flags. Raises InputError."""
+    config = read_json(os.path.join(folder, "config.json"))
+    if "encoder" not in learned and config["checkpoint"] != checksum(model.encoder):
+        raise InputError(f"{config['flags']['model']} has other weights than when {folder} began")
+    try:
+        if "encoder" in learned:
+            model.encoder.load_state_dict(learned["encoder"])
+        model.head.load_state_dict(learned["head"])
+        heterolora.set_ranks(adapters, learned["ranks"])
+        for name, adapter in adapters.items():
+            active = adapter.active(adapter.rank)
+            for (parameter, slices), block in zip(active, learned["adapters"][name], strict=True):
+                if parameter[slices].shape != block.shape:
+                    raise ValueError(f"{name} has another shape")
+                parameter.data[slices] = block
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder}: adapters.pt does not fit config.json: {reason}") from None
+
+
+class StopSignal:
+    """Let a step end after the first Ctrl-C or SIGTERM, which sets `requested`.
+
+    The second one stops at once.
+    """
+
+    def __enter__(self):
+        self.requested = False
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread may
+                self.handlers[number] = signal.signal(number, self.request)
+        return self
+
+    def request(self, number, frame):
+        """Handle the signal."""
+        if self.requested:
+            raise KeyboardInterrupt("at once")
+        self.requested = True
+        print("stopping after this step (again: at once)", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,136 @@
+"""Allocation rules: hand-made examples, and brute force over all allocations of small inputs."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import extras.allocators  # noqa: F401  it registers the rules
+from heterolora import ALLOCATORS
+
+
+def allocate(name, scores, costs, budget, seed=0):
+    return ALLOCATORS[name](scores, costs, budget, torch.Generator().manual_seed(seed))
+
+
+def total(values, ranks):
+    """Return the sum of values {name: one for each rank} over the ranks that are on."""
+    return sum(sum(values[name][:rank]) for name, rank in ranks.items())
+
+
+def random_input(seed):
+    """Return scores (numbers or lists), costs and a budget for up to 4 layers."""
+    draw = random.Random(seed)
+    scores = {}
+    costs = {}
+    for layer in range(draw.randint(1, 4)):
+        for last in ("q", "fc1", "residual_attn"):
+            ranks = draw.randint(1, 4)
+            name = f"layers.{layer}.{last}"
+            by_rank = draw.choices([-1.0, 0.0, 0.5, 1.0], k=ranks)  # many are equal
+            scores[name] = draw.choice([by_rank, draw.random()])
+            costs[name] = [draw.randint(1, 9)] * ranks
+    budget = draw.randint(0, sum(map(sum, costs.values())))
+    return scores, costs, budget
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:all scores are 0")
+
+
+@pytest.mark.parametrize("name", sorted(ALLOCATORS))
+def test_no_rule_spends_more_than_the_budget(name):
+    for seed in range(200):
+        scores, costs, budget = random_input(seed)
+        ranks = allocate(name, scores, costs, budget)
+        assert total(costs, ranks) <= budget
+        for module, prices in costs.items():
+            assert 0 <= ranks[module] <= len(prices)
+
+
+@pytest.mark.parametrize("name", sorted(ALLOCATORS))
+def test_the_whole_budget_buys_everything(name):
+    scores, costs, _ = random_input(0)
+    ranks = allocate(name, scores, costs, sum(map(sum, costs.values())))
+    for module, prices in costs.items():
+        assert ranks[module] == len(prices)
+
+
+def test_uniform_is_the_largest_rank_that_fits_for_all():
+    costs = {"a.q": [2, 2, 2], "a.fc1": [5, 5]}
+    for budget, rank in ((6, 0), (7, 1), (13, 1), (14, 2), (15, 2)):
+        assert allocate("uniform", {}, costs, budget) == {"a.q": rank, "a.fc1": rank}
+    assert allocate("uniform", {}, costs, 16) == {"a.q": 3, "a.fc1": 2}
+
+
+@pytest.mark.parametrize(
+    "name, order", [("first-layers", "01234"), ("middle-layers", "21304"), ("last-layers", "43210")]
+)
+def test_layers_are_served_in_their_order_round_by_round(name, order):
+    costs = {f"layers.{i}.q": [1, 1] for i in range(5)}
+    for budget in range(11):
+        expected = dict.fromkeys(costs, budget // 5)
+        for layer in order[: budget % 5]:
+            expected[f"layers.{layer}.q"] += 1
+        assert allocate(name, {}, costs, budget) == expected
+
+
+def test_greedy_ranks_is_best_of_all_where_prices_are_equal():
+    for seed in range(30):
+        draw = random.Random(seed)
+        gains = {}
+        for name in "abc":
+            gains[name] = sorted(draw.choices(range(100), k=3), reverse=True)
+        costs = dict.fromkeys(gains, [4, 4, 4])
+        budget = draw.randint(0, 36)
+        best = 0
+        for numbers in itertools.product(range(4), repeat=3):
+            ranks = dict(zip("abc", numbers, strict=True))
+            if total(costs, ranks) <= budget:
+                best = max(best, total(gains, ranks))
+        assert total(gains, allocate("greedy-ranks", gains, costs, budget)) == best
+
+
+def test_a_rank_shares_its_score_with_worse_ones_before_it():
+    costs = {"late": [1, 1], "even": [1, 1]}
+    scores = {"late": [0.0, 10.0], "even": [4.0, 4.0]}
+    assert allocate("greedy-ranks", scores, costs, 2) == {"late": 2, "even": 0}
+
+
+def test_one_number_is_shared_by_the_ranks_of_its_module():
+    costs = {"number": [1, 1], "list": [1, 1]}
+    scores = {"number": 8.0, "list": [5.0, 3.0]}
+    assert allocate("greedy-ranks", scores, costs, 3) == {"number": 2, "list": 1}
+    assert allocate("greedy-ranks", scores, costs, 1) == {"number": 0, "list": 1}
+
+
+def test_equal_scores_are_drawn_by_the_generator():
+    costs = {f"layers.{i}.q": [1] for i in range(8)}
+    scores = dict.fromkeys(costs, 1.0)
+    draw = allocate("greedy-ranks", scores, costs, 4, seed=0)
+    assert draw == allocate("greedy-ranks", scores, costs, 4, seed=0)
+    assert draw != allocate("greedy-ranks", scores, costs, 4, seed=1)
+
+
+def test_shortcuts_get_their_share_even_with_the_worst_scores():
+    costs = {"a.q": [6], "a.v": [6], "a.residual_ffn": [6], "a.shortcut_ffn": [6]}
+    scores = {"a.q": 9.0, "a.v": 8.0, "a.residual_ffn": 0.1, "a.shortcut_ffn": 0.2}
+    ranks = allocate("greedy-separated", scores, costs, 12)
+    assert ranks == {"a.q": 1, "a.v": 0, "a.residual_ffn": 0, "a.shortcut_ffn": 1}
+    assert allocate("greedy", scores, costs, 12)["a.shortcut_ffn"] == 0
+
+
+def test_a_smaller_pool_has_a_smaller_share():
+    costs = {"a.q": [6], "a.v": [6], "a.k": [6], "a.residual_ffn": [6]}
+    scores = {"a.q": 9.0, "a.v": 8.0, "a.k": 7.0, "a.residual_ffn": 0.1}
+    ranks = allocate("greedy-separated", scores, costs, 12)  # shares of 9 and 3
+    assert ranks == {"a.q": 1, "a.v": 1, "a.k": 0, "a.residual_ffn": 0}
+
+
+def test_what_both_shares_leave_over_is_spent():
+    for seed in range(200):
+        scores, costs, budget = random_input(seed)
+        ranks = allocate("greedy-separated", scores, costs, budget)
+        left = budget - total(costs, ranks)
+        for name, rank in ranks.items():
+            assert rank > 0 or sum(costs[name]) > left

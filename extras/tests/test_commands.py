@@ -1,0 +1,44 @@
+"""The commands on a finished run: predict and evaluate."""
+
+import io
+import json
+import sys
+
+import pytest
+
+import train
+from extras import evaluate, predict
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("runs") / "a")
+    flags = ["--train-limit", "64", "--max-steps", "2", "--precision", "float32", "--out", folder]
+    assert train.main(flags) == 0
+    return folder
+
+
+def test_evaluate_gives_the_figures_of_the_run(run, capsys):
+    assert evaluate.main([run]) == 0
+    result = json.load(open(run + "/result.json"))
+    assert f"accuracy {result['last']:.4f}" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_a_task_of_another_form(run, capsys):
+    assert evaluate.main([run, "--task", "sentiment"]) == 2
+    assert "sentiment has 1" in capsys.readouterr().err
+
+
+def test_predict_answers_texts_and_lines_alike(run, capsys, monkeypatch):
+    assert predict.main([run, "a doctor helps a cook .", "a cook helps a doctor ."]) == 0
+    first = capsys.readouterr().out
+    lines = "a doctor helps a cook .\ta cook helps a doctor .\n" * 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    assert predict.main([run]) == 0
+    assert capsys.readouterr().out == first * 2
+    assert first.startswith("label ")
+
+
+def test_predict_refuses_one_text_where_two_are_wanted(run, capsys):
+    assert predict.main([run, "only one"]) == 2
+    assert "2 text(s)" in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""Comparisons with a stub for training: what is run, what is kept, what is refused."""
+
+import json
+import statistics
+
+import pytest
+
+import train
+from extras import compare
+from model import Classifier, Encoder, EncoderConfig
+
+SIZES = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1,
+         "intermediate_size": 4, "max_position_embeddings": 8}  # fmt: skip
+
+
+class Task:
+    train = [("a", None, 0)]
+    dev = [("b", None, 1)]
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """Replace loading and training by stubs; give the list of the flags of every run."""
+    monkeypatch.chdir(tmp_path)
+    model = Classifier(Encoder(EncoderConfig(**SIZES)), 2)
+    runs = []
+
+    def prepare(flags):
+        defaults = {"dynamic": "1000", "lora": "2000"}
+        flags.budget = flags.budget or defaults.get(flags.method)
+        flags.lr = flags.lr or 0.5
+        return Task, None, model, {}
+
+    def train_stub(flags):
+        runs.append(flags)
+        if flags.lr == 8:
+            raise FloatingPointError("the loss is nan")
+        last = 0.5 + 0.1 * flags.seed - flags.lr / 100 + (flags.method == "lora") * 0.01
+        result = {"metric": "accuracy", "last": last, "best": last + 0.1, "params_active": 900}
+        return result | {"train_seconds": 3.0, "search_seconds": 1.0}
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(train, "train", train_stub)
+    return runs
+
+
+def rows(capsys):
+    """Return the cells of the printed table, {contender: [cell, ...]}."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_every_contender_trains_with_every_seed_and_the_same_budget(runs):
+    compare.main("lora random dynamic:snip --seeds 3 4 --epochs 2".split())
+    assert [(r.method, r.seed) for r in runs] == [
+        (method, seed) for seed in (3, 4) for method in ("lora", "static", "dynamic")
+    ]
+    assert {r.budget for r in runs} == {"1000"}
+    assert {r.epochs for r in runs} == {2}
+    assert [r.proxy for r in runs[1:3]] == ["constant", "snip"]
+
+
+def test_the_table_has_means_spreads_and_the_paired_difference(runs, capsys):
+    compare.main(["head", "lora"])
+    table = rows(capsys)
+    spread = f"± {100 * statistics.stdev([0.5, 0.6, 0.7]):.2f}"
+    assert table["head"] == ["0.5", "3 of 3", f"59.50 {spread}", f"69.50 {spread}", "900", "", "4"]
+    assert table["lora"][5] == "+1.00 [+1.00, +1.00]"
+
+
+@pytest.mark.parametrize(
+    ("spec", "flags"),
+    [
+        ("static:grad-norm", {"method": "static", "proxy": "grad-norm", "allocator": "greedy"}),
+        ("static:snip:uniform", {"proxy": "snip", "allocator": "uniform"}),
+        ("random:rank=4", {"method": "static", "proxy": "constant", "rank": 4}),
+        ("lora:warmup-steps=7:targets=q,v", {"warmup_steps": 7, "targets": ["q", "v"]}),
+    ],
+)
+def test_a_contender_is_a_method_and_flags(runs, spec, flags):
+    compare.main([spec, "--seeds", "0"])
+    assert {name: getattr(runs[0], name) for name in flags} == flags
+
+
+def test_what_has_ended_is_not_done_again(runs, capsys):
+    compare.main(["lora", "random"])
+    first = rows(capsys)
+    compare.main(["lora", "random"])
+    assert len(runs) == 6
+    assert rows(capsys) == first
+
+
+def test_another_flag_is_another_run_unless_the_method_does_not_use_it(runs):
+    compare.main(["lora", "dynamic", "--seeds", "0"])
+    compare.main(["lora", "dynamic", "--seeds", "0", "--proxy", "snip"])
+    assert [r.method for r in runs] == ["lora", "dynamic", "dynamic"]
+
+
+def test_other_data_under_the_same_name_are_another_run(runs, monkeypatch):
+    compare.main(["lora", "--seeds", "0"])
+    monkeypatch.setattr(Task, "train", [("changed", None, 0)])
+    compare.main(["lora", "--seeds", "0"])
+    assert len(runs) == 2
+
+
+def test_a_torn_last_line_is_left_out_and_done_again(runs, tmp_path):
+    compare.main(["lora"])
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.warns(UserWarning, match="line 3: not a result"):
+        compare.main(["lora"])
+    assert [r.seed for r in runs] == [0, 1, 2, 2]
+    assert json.loads(path.read_text().splitlines()[-1])["flags"]["seed"] == 2
+
+
+def test_each_contender_chooses_its_learning_rate_on_held_out_examples(runs, capsys):
+    compare.main("lora dynamic:lr=2 --lr 3 1 8 --seeds 0 1 2".split())
+    tuning = [(r.method, r.lr, r.seed) for r in runs if r.holdout]
+    assert tuning == [("lora", lr, seed) for lr in (3, 1, 8) for seed in (0, 1)]
+    assert {r.holdout for r in runs} == {0.2, None}
+    assert [cells[0] for cells in rows(capsys).values()] == ["1", "2"]
+
+
+def test_a_run_that_diverges_is_counted_and_kept(runs, capsys):
+    compare.main(["lora", "dynamic:lr=8"])
+    compare.main(["lora", "dynamic:lr=8"])
+    assert rows(capsys)["dynamic:lr=8"] == ["8", "0 of 3", "", "", "", "", ""]
+    assert len(runs) == 6
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "lora magic",
+        "lora static:magic",
+        "lora dynamic:rank=x",
+        "lora dynamic:rank",
+        "lora dynamic:budget=10%",
+        "lora dynamic:seed=1",
+        "lora --out folder",
+        "lora --seed 3",
+        "lora --method static",
+        "lora --seeds -1",
+        "lora --results no-such-folder/results.jsonl",
+        "--epochs 1 lora",
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_run(runs, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare.main(line.split())
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    assert runs == []

@@ -1,0 +1,295 @@
+"""Claims about exported runs: other programs compute from the files what the run computes."""
+
+import json
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import heterolora
+from data import InputError
+from extras import checkpoints, export
+from model import Classifier, Encoder, EncoderConfig
+
+IDS = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 1, 1]])
+MASK = (IDS != 1).long()
+
+
+def make_checkpoint(folder, family="bert"):
+    """Write a small pre-trained encoder as a Hugging Face folder."""
+    sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(intermediate_size=24, max_position_embeddings=20, pad_token_id=1)
+    encoder = Encoder(EncoderConfig(model_type=family, **sizes))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in encoder.parameters():
+        parameter.data.normal_(std=0.3, generator=generator)
+    checkpoints.save_encoder(encoder, folder, texts={"vocab.txt": "[PAD]\n", "notes.md": ""})
+
+
+def make_run(
+    folder, pooling="cls", targets=heterolora.TARGETS, shortcuts=(), adapter=heterolora.LoRA
+):
+    """Return what train.load_run would: adapters of rank 0 to 3 that change what is computed."""
+    encoder = checkpoints.load_encoder(folder)
+    adapters = {}
+    if targets or shortcuts:
+        adapters = heterolora.inject(encoder, targets, shortcuts, 3, 6, adapter=adapter)
+    generator = torch.Generator().manual_seed(1)
+    for kind in adapters.values():
+        for parameter, _ in kind.active(3):
+            parameter.data.normal_(std=0.3, generator=generator)
+    heterolora.set_ranks(adapters, {name: i % 4 for i, name in enumerate(adapters)})
+    run = Classifier(encoder, 3, pooling, generator).eval()
+    run.adapters = adapters
+    run.labels = ("yes", "no", "maybe")
+    return run
+
+
+def answer_with(monkeypatch, run):
+    monkeypatch.setattr(export.train, "load_run", lambda folder: run, raising=False)
+
+
+def logits_from_files(encoder, head, pooling):
+    """Return what an encoder without adapters and the tensors of a head compute."""
+    hidden = encoder.eval()(IDS, MASK)
+    pooled = hidden[:, 0]
+    if pooling == "mean":
+        pooled = (hidden * MASK[:, :, None]).sum(1) / MASK.sum(1)[:, None]
+    w1, b1, w2, b2 = head
+    return F.linear(torch.tanh(F.linear(pooled, w1, b1)), w2, b2)
+
+
+HEAD_NAMES = {
+    ("bert", "cls"): ("bert.pooler.dense", "classifier"),
+    ("roberta", "cls"): ("classifier.dense", "classifier.out_proj"),
+    ("bert", "mean"): ("0", "3"),
+    ("roberta", "mean"): ("0", "3"),
+}
+
+
+def head_of(tensors, family, pooling, prefix=""):
+    """Return weight, bias, weight, bias of the head."""
+    head = []
+    for name in HEAD_NAMES[family, pooling]:
+        head += [tensors[f"{prefix}{name}.weight"], tensors[f"{prefix}{name}.bias"]]
+    return head
+
+
+def read(path):
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    return checkpoints.read_safetensors(path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_merged_run_computes_the_same_without_adapters(
+    tmp_path, monkeypatch, capsys, family, pooling
+):
+    make_checkpoint(tmp_path / "base", family)
+    run = make_run(tmp_path / "base", pooling)
+    answer_with(monkeypatch, run)
+    new = tmp_path / "new"
+    assert export.main(["run", "--merge", str(new)]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+    files = {"config.json", "model.safetensors", "vocab.txt"}
+    is_apart = pooling == "mean"
+    assert set(os.listdir(new)) == (files | {"head.safetensors"} if is_apart else files)
+    tensors = read(new / ("head.safetensors" if is_apart else "model.safetensors"))
+    head = head_of(tensors, family, pooling)
+    merged = logits_from_files(checkpoints.load_encoder(new), head, pooling)
+    torch.testing.assert_close(merged, run(IDS, MASK), atol=1e-5, rtol=1e-5)
+    plain = logits_from_files(checkpoints.load_encoder(tmp_path / "base"), head, pooling)
+    assert not torch.allclose(plain, merged, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_peft_adapter_follows_the_rule_of_peft(tmp_path, monkeypatch, capsys, family, pooling):
+    """The rule: W + alpha / r * B A, with r and alpha from the patterns, else from the config."""
+    make_checkpoint(tmp_path / "base", family)
+    run = make_run(tmp_path / "base", pooling)
+    answer_with(monkeypatch, run)
+    new = tmp_path / "new"
+    assert export.main(["run", "--peft", str(new)]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+    config = read(new / "adapter_config.json")
+    tensors = read(new / "adapter_model.safetensors")
+    kind = ("LORA", "SEQ_CLS" if pooling == "cls" else "FEATURE_EXTRACTION")
+    assert (config["peft_type"], config["task_type"]) == kind
+    modules = {"bert": ["classifier", "pooler"], "roberta": ["classifier"]}[family]
+    assert config.get("modules_to_save") == (modules if pooling == "cls" else None)
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    encoder = checkpoints.load_encoder(tmp_path / "base")
+    on = [name for name, adapter in run.adapters.items() if adapter.rank > 0]
+    assert len(config["target_modules"]) == len(on) < len(run.adapters)
+    for name in on:
+        module = checkpoints.hf_name(name)
+        module = f"{family}.{module}" if pooling == "cls" else module
+        assert module in config["target_modules"]
+        rank = config["rank_pattern"].get(module, config["r"])
+        alpha = config["alpha_pattern"].get(module, config["lora_alpha"])
+        A = tensors.pop(f"base_model.model.{module}.lora_A.weight")
+        B = tensors.pop(f"base_model.model.{module}.lora_B.weight")
+        assert len(A) == rank == run.adapters[name].rank
+        encoder.get_submodule(name).weight += alpha / rank * B @ A
+    prefix = "base_model.model."
+    if pooling == "mean":
+        assert not tensors
+        tensors = read(new / "head.safetensors")
+        prefix = ""
+    assert len(tensors) == 4
+    logits = logits_from_files(encoder, head_of(tensors, family, pooling, prefix), pooling)
+    torch.testing.assert_close(logits, run(IDS, MASK), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_transformers_and_peft_compute_what_the_run_computes(tmp_path, monkeypatch, family):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    make_checkpoint(tmp_path / "base", family)
+    run = make_run(tmp_path / "base", "cls")
+    answer_with(monkeypatch, run)
+    merge, adapter = str(tmp_path / "merge"), str(tmp_path / "peft")
+    assert export.main(["run", "--merge", merge, "--peft", adapter]) == 0
+    kind = transformers.AutoModelForSequenceClassification
+    merged = kind.from_pretrained(merge).eval()
+    assert merged.config.id2label == {0: "yes", 1: "no", 2: "maybe"}
+    adapted = kind.from_pretrained(str(tmp_path / "base"), num_labels=3)
+    adapted = peft.PeftModel.from_pretrained(adapted, adapter).eval()
+    for model in (merged, adapted):
+        logits = model(input_ids=IDS, attention_mask=MASK).logits
+        torch.testing.assert_close(logits, run(IDS, MASK), atol=1e-5, rtol=1e-5)
+
+    run = make_run(tmp_path / "base", "mean")
+    answer_with(monkeypatch, run)
+    assert export.main(["run", "--peft", adapter + "-mean"]) == 0
+    adapted = transformers.AutoModel.from_pretrained(str(tmp_path / "base"))
+    adapted = peft.PeftModel.from_pretrained(adapted, adapter + "-mean").eval()
+    hidden = adapted(input_ids=IDS, attention_mask=MASK).last_hidden_state
+    is_real = MASK.bool()
+    ours = run.encoder(IDS, MASK)[is_real]
+    torch.testing.assert_close(hidden[is_real], ours, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_run_without_adapters_is_merged_too(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "base")
+    run = make_run(tmp_path / "base", targets=())
+    run.encoder.layers[0].q.weight += 1  # --method full
+    answer_with(monkeypatch, run)
+    assert export.main(["run", "--merge", str(tmp_path / "new")]) == 0
+    merged = checkpoints.load_encoder(tmp_path / "new").eval()
+    assert torch.equal(merged(IDS, MASK), run.encoder(IDS, MASK))
+
+
+def test_the_config_of_the_checkpoint_goes_along(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(
+        json.dumps(
+            read(path) | {"tokens": "lower case", "dtype": "float16", "torch_dtype": "float16"}
+        )
+    )
+    answer_with(monkeypatch, make_run(tmp_path / "base"))
+    assert export.main(["run", "--merge", str(tmp_path / "new")]) == 0
+    config = read(tmp_path / "new" / "config.json")
+    assert config["tokens"] == "lower case" and config["torch_dtype"] == "float32"
+    assert "dtype" not in config
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "yes", "1": "no", "2": "maybe"}
+    assert config["label2id"] == {"yes": 0, "no": 1, "maybe": 2}
+
+
+def test_peft_finds_a_downloaded_checkpoint_by_its_hub_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("HETEROLORA_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "hub" / "google" / "tiny-bert"
+    make_checkpoint(folder)
+    answer_with(monkeypatch, make_run(folder))
+    assert export.main(["run", "--peft", str(tmp_path / "new")]) == 0
+    config = read(tmp_path / "new" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == "google/tiny-bert"
+
+
+class Other(heterolora.LoRA):
+    """Another kind of adapter, which must not be asked while it is off."""
+
+    def forward(self, x, rank=None):
+        assert self.rank > 0
+        return super().forward(x, rank)
+
+
+@pytest.mark.parametrize(
+    "changes,flags,message",
+    [
+        ({"shortcuts": heterolora.SHORTCUTS}, ["--merge"], "shortcuts none"),
+        ({"shortcuts": heterolora.SHORTCUTS}, ["--peft"], "shortcuts none"),
+        ({"adapter": Other}, ["--merge", "--peft"], "--peft writes LoRA, not Other: use --merge"),
+        ({"targets": ()}, ["--peft"], "--peft writes LoRA, and none is on: use --merge"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, changes, flags, message
+):
+    make_checkpoint(tmp_path / "base")
+    answer_with(monkeypatch, make_run(tmp_path / "base", **changes))
+    argv = ["run"]
+    for flag in flags:
+        argv += [flag, str(tmp_path / flag)]
+    assert export.main(argv) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def test_shortcuts_that_are_off_are_no_obstacle(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "base")
+    run = make_run(tmp_path / "base", shortcuts=heterolora.SHORTCUTS, adapter=Other)
+    ranks = {name: 2 for name in run.adapters if name.endswith((".q", ".fc1"))}
+    heterolora.set_ranks(run.adapters, ranks)
+    answer_with(monkeypatch, run)
+    assert export.main(["run", "--merge", str(tmp_path / "new")]) == 0
+    merged = checkpoints.load_encoder(tmp_path / "new").eval()
+    with torch.no_grad():
+        difference = merged(IDS, MASK) - run.encoder(IDS, MASK)
+    assert difference.abs().max() < 1e-5
+
+
+def test_wrong_folders_are_refused_before_the_run_is_loaded(tmp_path, monkeypatch, capsys):
+    answer_with(monkeypatch, None)
+    new = str(tmp_path / "new")
+    assert export.main(["run"]) == 2
+    assert "give --merge DIR, --peft DIR, or both" in capsys.readouterr().err
+    assert export.main(["run", "--merge", new, "--peft", new]) == 2
+    assert "different folders" in capsys.readouterr().err
+    assert export.main(["run", "--merge", new, "--peft", str(tmp_path)]) == 2
+    assert "is there already: give a new folder" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path, capsys):
+    def refuse(folder):
+        raise InputError(f"{folder}: the run has not ended")
+
+    monkeypatch.setattr(export.train, "load_run", refuse, raising=False)
+    assert export.main(["some/run", "--merge", str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err == "error: some/run: the run has not ended\n"
+
+
+@pytest.mark.parametrize("flag", ["--merge", "--peft"])
+def test_a_folder_that_cannot_be_filled_does_not_appear(tmp_path, monkeypatch, capsys, flag):
+    make_checkpoint(tmp_path / "base")
+    answer_with(monkeypatch, make_run(tmp_path / "base", "mean"))
+
+    def full_disk(path, tensors):
+        raise OSError(28, "No space left on device", path)
+
+    monkeypatch.setattr(export, "write_safetensors", full_disk)
+    assert export.main(["run", flag, str(tmp_path / "new")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["base"]

@@ -1,0 +1,203 @@
+"""The faster arithmetic against the plain one, and the benchmark that compares their speed."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from extras import benchmark, fast_cpu
+from heterolora import SHORTCUTS, TARGETS, LoRALinear, inject
+from model import Classifier, Encoder, EncoderConfig
+
+CONFIG = EncoderConfig(
+    vocab_size=20,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=12,
+    max_position_embeddings=160,
+)
+
+
+@pytest.fixture(params=["Intel", "AMD EPYC"])
+def processor(request, monkeypatch):
+    """Run a test as on two processors: only on one of them linears are swapped."""
+    monkeypatch.setattr(fast_cpu, "processor_name", lambda: request.param)
+    return request.param
+
+
+def make_model(config=CONFIG):
+    torch.manual_seed(0)
+    model = Classifier(Encoder(config), 3)
+    adapters = inject(model, TARGETS, SHORTCUTS, rank=2, alpha=4, shortcut_alpha=1)
+    for adapter in adapters.values():
+        adapter.B.data.normal_(std=0.3)
+    return model.eval()
+
+
+def loss_and_gradients(model, T):
+    """Return the loss on two sentences, one of them padded, and the gradients of what trains."""
+    ids = torch.randint(20, (2, T), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, T // 2 :] = 0
+    loss = F.cross_entropy(model(ids, mask), torch.tensor([0, 2]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [loss, *torch.autograd.grad(loss, trained)]
+
+
+@pytest.mark.parametrize("T", [6, 150])
+def test_the_loss_and_all_gradients_are_those_of_the_plain_model(processor, T):
+    model = make_model()
+    plain = loss_and_gradients(model, T)
+    fast_cpu.accelerate(model)
+    fast = loss_and_gradients(model, T)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_without_dropout_training_is_the_same_on_long_and_short_sequences(processor):
+    config = dataclasses.replace(CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = make_model(config).train()
+    plain = loss_and_gradients(model, 150)
+    fast_cpu.accelerate(model)
+    torch.testing.assert_close(loss_and_gradients(model, 150), plain, rtol=1e-4, atol=1e-6)
+
+
+def test_it_says_what_it_swapped(processor):
+    linears = {"Intel": "", "AMD EPYC": ", frozen float32 linears"}[processor]
+    model = make_model()
+    assert fast_cpu.accelerate(model) == "attention, dropout" + linears
+    assert fast_cpu.accelerate(model) == "nothing"
+    assert type(model.head[0]) is nn.Linear
+    assert type(model.head[2]) is nn.Dropout
+
+
+def test_the_search_space_is_the_same_before_and_after(processor):
+    plain = Classifier(Encoder(CONFIG), 3)
+    fast = Classifier(Encoder(CONFIG), 3)
+    fast_cpu.accelerate(fast)
+    expected = list(inject(plain, TARGETS, SHORTCUTS, rank=2, alpha=4))
+    assert list(inject(fast, TARGETS, SHORTCUTS, rank=2, alpha=4)) == expected
+    assert [name for name, _ in fast.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    assert isinstance(fast.encoder.layers[0].q, LoRALinear)
+    assert isinstance(fast.encoder.layers[0].q.host, nn.Linear)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_the_stated_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    y = fast_cpu.dropout(torch.ones(1001, 999), p)
+    assert (y == 0).float().mean().item() == pytest.approx(round(p * 256) / 256, abs=2e-3)
+    assert y.mean().item() == pytest.approx(1, abs=4e-3)
+    assert len(y.unique()) == 2
+
+
+def test_dropout_drops_neighbours_independently():
+    torch.manual_seed(0)
+    dropped = (fast_cpu.dropout(torch.ones(800_000), 0.5) == 0).view(-1, 8).float()
+    correlations = torch.corrcoef(dropped.T) - torch.eye(8)  # between the 8 bytes of a word
+    assert correlations.abs().max() < 5 / math.sqrt(len(dropped))
+    assert dropped.mean(0).sub(0.5).abs().max() < 5 * 0.5 / math.sqrt(len(dropped))
+
+
+def test_dropout_of_everything_gives_zeros_and_evaluation_has_none():
+    x = torch.ones(100)
+    assert fast_cpu.dropout(x, 1.0).count_nonzero() == 0
+    assert fast_cpu.FastDropout(0.5).eval()(x) is x
+    assert fast_cpu.FastDropout(0.0)(x) is x
+
+
+def test_attention_weights_are_dropped_in_training():
+    torch.manual_seed(0)
+    x = torch.ones(1, 150, 8)
+    mask = torch.ones(1, 1, 1, 150, dtype=torch.bool)
+    attention = fast_cpu.FastAttention(heads=2, dropout=0.5)
+    y = attention(x, x, x, mask)  # equal weights over equal values: 1, without dropout
+    assert 0.01 < (y - 1).abs().mean() < 0.2
+    torch.testing.assert_close(attention.eval()(x, x, x, mask), x)
+
+
+@pytest.mark.parametrize("T, training, fused", [(128, False, 0), (129, False, 1), (129, True, 0)])
+def test_only_long_sequences_without_dropout_go_to_the_fused_kernel(
+    T, training, fused, monkeypatch
+):
+    calls = []
+    kernel = F.scaled_dot_product_attention
+
+    def count(*args, **options):
+        calls.append(args)
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", count)
+    x = torch.ones(1, T, 8)
+    mask = torch.ones(1, 1, 1, T, dtype=torch.bool)
+    fast_cpu.FastAttention(heads=2, dropout=0.5).train(training)(x, x, x, mask)
+    assert len(calls) == fused
+
+
+def test_a_row_of_padding_alone_gives_finite_numbers():
+    model = make_model()
+    fast_cpu.accelerate(model)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    mask = torch.tensor([[1] * 5, [0] * 5])
+    assert model(ids, mask).isfinite().all()
+
+
+@pytest.fixture
+def convolutions(monkeypatch):
+    """Give a list that gets an entry with every call of conv2d."""
+    calls = []
+    convolve = F.conv2d
+
+    def count(*args):
+        calls.append(args)
+        return convolve(*args)
+
+    monkeypatch.setattr(F, "conv2d", count)
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8), (2, 3, 4, 8), (1, 1, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_linear_gives_what_linear_gives_by_a_convolution(convolutions, shape, bias):
+    torch.manual_seed(0)
+    linear = fast_cpu.FastLinear(8, 6, bias=bias).requires_grad_(False)
+    x = torch.randn(shape, requires_grad=True)
+    y = linear(x)
+    expected = F.linear(x, linear.weight, linear.bias)
+    torch.testing.assert_close(y, expected)
+    assert len(convolutions) == 1
+    d = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(y, x, d)
+    torch.testing.assert_close(gradient, d @ linear.weight)
+
+
+def test_a_linear_that_trains_and_other_inputs_take_the_plain_way(convolutions):
+    linear = fast_cpu.FastLinear(8, 6)
+    linear(torch.randn(3, 5, 8)).sum().backward()
+    assert linear.weight.grad is not None
+    linear.requires_grad_(False)
+    assert linear(torch.randn(3, 8)).shape == (3, 6)
+    assert linear(torch.randn(0, 5, 8)).shape == (0, 5, 6)
+    linear.to(torch.float64)
+    assert linear(torch.randn(3, 5, 8, dtype=torch.float64)).dtype == torch.float64
+    assert convolutions == []
+
+
+def test_the_benchmark_prints_every_way_and_the_share_of_the_search(capsys):
+    flags = ["--train-limit", "64", "--batch-size", "8", "--targets", "q", "--shortcuts", "none"]
+    assert benchmark.main([*flags, "--steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    for start in ("machine", "plain, all on", "all on", "a quarter on", "recorded", "search"):
+        assert "\n" + start in "\n" + printed
+    assert printed.count("samples/s") == 4
+
+
+def test_the_benchmark_refuses_what_has_nothing_to_search_or_record(capsys):
+    assert benchmark.main(["--train-limit", "8", "--method", "head"]) == 2
+    assert "no modules" in capsys.readouterr().err
+    assert benchmark.main(["--train-limit", "8", "--proxy", "constant"]) == 2
+    assert "--proxy constant" in capsys.readouterr().err

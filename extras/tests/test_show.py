@@ -1,0 +1,107 @@
+"""Grids, overlaps and whole histories, by hand."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch.nn as nn
+
+from extras import show
+from heterolora import LoRA, rank_costs
+
+COSTS = {
+    "layers.0.shortcut_attn": [2, 2],
+    "layers.0.q": [10, 10],
+    "layers.0.fc1": [5, 7],
+    "layers.1.shortcut_attn": [2, 2],
+    "layers.1.shortcut_ffn": [3, 3],
+    "layers.1.q": [10, 10],
+    "layers.1.fc1": [5, 7],
+}
+FIRST = dict.fromkeys(COSTS, 0) | {"layers.0.q": 2, "layers.0.fc1": 2}
+LAST = dict.fromkeys(COSTS, 0) | {"layers.0.q": 2, "layers.1.fc1": 1, "layers.1.shortcut_ffn": 1}
+NOTHING = dict.fromkeys(COSTS, 0)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Give the folder of a run with two allocations."""
+    modules = {}
+    for name, costs in COSTS.items():
+        modules[name] = {"costs": costs, "shortcut": "shortcut" in name}
+    lines = [{"modules": modules}]
+    for step, ranks, parameters in ((0, FIRST, 32), (10, LAST, 28)):
+        lines.append({"step": step, "scores": {}, "ranks": ranks, "parameters": parameters})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "history.jsonl").write_text(text)
+    return tmp_path
+
+
+def test_a_grid_has_layers_down_types_across_and_parameters_at_the_edges():
+    assert [line.split() for line in show.grid(COSTS, LAST).splitlines()] == [
+        ["q", "fc1", "shortcut_attn", "shortcut_ffn", "parameters"],
+        ["layers.0", "2", ".", ".", "20"],  # and nothing where there is no module
+        ["layers.1", ".", "1", ".", "1", "8"],
+        ["parameters", "20", "5", "0", "3", "28"],
+    ]
+
+
+def test_the_columns_of_a_grid_line_up():
+    lines = show.grid(COSTS, LAST).splitlines()
+    assert {len(line) for line in lines} == {len(lines[0])}
+
+
+def test_a_grid_prices_live_adapters():
+    adapters = nn.ModuleDict({"q": LoRA(4, 6, rank=2, alpha=1)})
+    assert show.grid(rank_costs(adapters), {"q": 2}).splitlines()[-1].split()[-1] == "20"
+
+
+def test_changes_are_what_came_on_and_what_went_off():
+    came, went, overlap = show.changes(LAST, FIRST)
+    assert came == ["layers.1.shortcut_ffn", "layers.1.fc1"]
+    assert went == ["layers.0.fc1"]
+    assert overlap == pytest.approx(1 / 4)  # q in both, four modules in either
+
+
+def test_another_rank_of_the_same_module_is_no_change():
+    assert show.changes({"q": 1}, {"q": 2}) == ([], [], 1.0)
+
+
+def test_two_empty_allocations_are_the_same():
+    assert show.jaccard(NOTHING, NOTHING) == 1.0
+    assert show.jaccard(NOTHING, FIRST) == 0.0
+
+
+def test_a_history_is_shown_allocation_by_allocation(run, capsys):
+    show.main([str(run)])
+    text = capsys.readouterr().out
+    assert show.grid(COSTS, LAST) in text
+    assert "100%" in text.split("how often")[1].splitlines()[2]  # q of layer 0
+    first, last = [line.split() for line in text.splitlines()[-2:]]
+    assert first == "0 2 32 0 0 1.00 1.00 0.00 62% 38% 0% 0%".split()
+    assert last == "10 3 28 2 1 0.25 0.25 0.29 71% 18% 0% 11%".split()
+
+
+def test_a_history_is_drawn_with_a_box_for_every_stretch_that_a_module_is_on(run):
+    show.main([str(run), "--svg", str(run / "search.svg")])
+    titles = [e.text for e in ElementTree.parse(run / "search.svg").iter() if "title" in e.tag]
+    assert len(titles) == len(COSTS) + 4
+    assert "layers.0.q, allocations 1 to 2: rank 2" in titles
+    assert "layers.1.fc1, allocations 2 to 2: rank 1" in titles
+
+
+@pytest.mark.parametrize("kept", (0, 1, 2))
+def test_a_folder_without_a_whole_history_is_refused(run, kept, capsys):
+    lines = (run / "history.jsonl").read_text().splitlines()
+    text = "\n".join(lines[:kept])
+    (run / "history.jsonl").write_text(text[:-1] if kept == 2 else text)
+    with pytest.raises(SystemExit) as stop:
+        show.main([str(run)])
+    assert stop.value.code == 2
+    assert "is not the history of a search" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_refused_by_its_name(capsys):
+    with pytest.raises(SystemExit):
+        show.main(["no-such-run"])
+    assert "no-such-run" in capsys.readouterr().err
