@@ -844,6 +844,7 @@ def test_the_warm_up_before_the_first_allocation_is_undone(flags):
     search = HeteroLoRA(model, adapters, 5000, loss_fn)
     train.first_allocation(args, model, adapters, search, split)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert 0 < heterolora.cost(adapters) <= 5000
 
 

@@ -333,6 +333,7 @@ def first_allocation(args, model, adapters, search, train_set):
     probing = generator(args.seed, "first probing")
     entry = search.reallocate(train_set.sample(args.probe_batches, args.batch_size, probing))
     model.load_state_dict(start, strict=False)
+    model.zero_grad()
     return entry
 
 
