@@ -193,6 +193,7 @@ def prepare(args):
 def build(args, num_labels):
     """Build the model of a run -> tokenizer, model, adapters"""
     from extras.checkpoints import find_checkpoint
+    from extras.state import checksum
 
     folder = find_checkpoint(args.model)
     encoder = load_pretrained(folder)
@@ -203,6 +204,7 @@ def build(args, num_labels):
         args.model = os.path.abspath(args.model)
     args.max_length = min(args.max_length, encoder.max_length)
     model = Classifier(encoder, num_labels, args.pooling, generator(args.seed, "head"))
+    model.checkpoint = checksum(encoder)  # before its weights are rounded to 16 bits, or trained
     if args.method in ("head", "full"):
         encoder.requires_grad_(args.method == "full")
         args.budget = None

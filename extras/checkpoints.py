@@ -176,7 +176,7 @@ def find_checkpoint(name_or_dir):
         raise InputError(f"{name} is a file: give the folder that holds it")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise InputError(f"{name}: no such folder: give one, or a hub id such as roberta-base")
-    from extras.downloads import hub_folder  # it needs this module
+    from extras.downloads import hub_folder
 
     return hub_folder(name)
 

@@ -23,7 +23,7 @@ from data import InputError
 from extras.checkpoints import read_pickle
 from extras.files import read_json, write
 from extras.show import changes, grid
-from extras.state import checksum, collect_learned
+from extras.state import collect_learned
 
 LOGS = ("log.jsonl", "history.jsonl")
 NOT_SAVED = ("out", "resume", "command")
@@ -83,11 +83,11 @@ class Run:
         self.log("config  " + " ".join(f"{name}={value}" for name, value in flags.items()))
         if not self.folder:
             return
-        weights = checksum(model.encoder)
+        weights = model.checkpoint
         if not os.path.isfile(self.path("config.json")):
             config = {"command": args.command, "flags": flags, "checkpoint": weights}
             write(self.path("config.json"), json.dumps(config, indent=1))
-        elif args.method != "full" and read_json(self.path("config.json"))["checkpoint"] != weights:
+        elif read_json(self.path("config.json"))["checkpoint"] != weights:
             raise InputError(f"{args.model} has other weights than when {self.folder} began")
 
     # ------------------------------------------------------------------------------ log lines

@@ -121,7 +121,7 @@ def read_learned(folder):
 def put_learned(folder, learned, model, adapters):
     """Put what was learned into a model built from the same flags. Raises InputError."""
     config = read_json(os.path.join(folder, "config.json"))
-    if "encoder" not in learned and config["checkpoint"] != checksum(model.encoder):
+    if config["checkpoint"] != model.checkpoint:
         raise InputError(f"{config['flags']['model']} has other weights than when {folder} began")
     try:
         if "encoder" in learned:

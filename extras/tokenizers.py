@@ -56,12 +56,8 @@ class Tokenizer:
         if max_length is not None:
             specials = 2 if pair is None else 2 + self.separators
             if max_length < specials:
-                raise InputError(
-                    f"max_length {max_length}: the special tokens alone are {specials}"
-                )
-            keep_first, keep_second = truncate(len(first), len(second), max_length - specials)
-            first = first[:keep_first]
-            second = second[:keep_second]
+                raise InputError(f"max_length {max_length}: special tokens alone take {specials}")
+            first, second = truncate(first, second, max_length - specials)
         first = [self.cls_id, *first, self.sep_id]
         if pair is not None:
             second = [self.sep_id] * (self.separators - 1) + second + [self.sep_id]
@@ -69,11 +65,11 @@ class Tokenizer:
 
 
 def truncate(first, second, room):
-    """Return how many ids each text keeps: the longer loses ids until both are equal, then both."""
-    if first + second <= room:
-        return first, second
-    shorter = min(first, second, room // 2)
-    return (shorter, room - shorter) if first <= second else (room - shorter, shorter)
+    """Return both lists, cut to `room` ids together: the longer first, then both equally."""
+    short = min(len(first), len(second), room // 2)
+    if len(first) <= len(second):
+        return first[:short], second[: room - short]
+    return first[: room - short], second[:short]
 
 
 class WordPiece(Tokenizer):
@@ -101,8 +97,10 @@ class WordPiece(Tokenizer):
             text = without_accents(text)
         if self.lower:  # letter by letter: in a word, str.lower gives a final sigma another form
             text = "".join(map(str.lower, text))
-        words = "".join(map(punctuation_apart, text)).split()
-        return list(itertools.chain.from_iterable(map(self.word_ids, words)))
+        ids = []
+        for word in "".join(map(punctuation_apart, text)).split():
+            ids += self.word_ids(word)
+        return ids
 
     def word_ids(self, word):
         """Return the ids of the longest known pieces from the left. Later pieces begin with ##."""
@@ -148,7 +146,7 @@ def without_accents(text):
     """
     if text.isascii():
         return text
-    decomposed = "".join(unicodedata.normalize("NFD", character) for character in text)
+    decomposed = "".join(map(functools.partial(unicodedata.normalize, "NFD"), text))
     letters = []
     for _, run in itertools.groupby(decomposed, lambda c: unicodedata.combining(c) > 0):
         letters += sorted(run, key=unicodedata.combining)
@@ -165,7 +163,8 @@ class BPE(Tokenizer):
     separators = 2
     second_type = 0
     # GPT-2's 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-    words = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
+    # Python's re has no \p. After `stand_in`, [^\W\d] is a letter, and \d is any number.
+    words = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[^\W\d]+| ?\d+| ?[^\s\w]+|\s+(?!\S)|\s+")
 
     def __init__(self, vocab, merges, add_prefix_space=False):
         super().__init__(vocab)
@@ -188,10 +187,10 @@ class BPE(Tokenizer):
 
 @functools.cache
 def stand_in(character):
-    """Return the character, or another that Python's re classes as GPT-2's \\p and \\s do."""
+    """Return the character, or one of its kind if Python's re does not class it as GPT-2 does."""
     if unicodedata.category(character) in ("Nl", "No"):
         return "0"
-    return "!" if character in "\x1c\x1d\x1e\x1f" else character
+    return "!" if character in "_\x1c\x1d\x1e\x1f" else character
 
 
 # Every byte has a letter: a printable one stands for itself, the others take those from 256 on.
@@ -275,11 +274,10 @@ def read_vocabulary(path, specials):
     missing = [token for token in specials if token not in vocab]
     if missing:
         raise InputError(f"{path}: the vocabulary has no {' '.join(missing)}")
+    owners = {}
     for token, number in vocab.items():
-        if type(number) is not int or not 0 <= number < 2**31:
-            raise InputError(f"{path}: the id of {token!r} is {number!r}, no number from 0 on")
-    if len(set(vocab.values())) < len(vocab):
-        raise InputError(f"{path}: two tokens have the same id")
+        if type(number) is not int or number < 0 or owners.setdefault(number, token) != token:
+            raise InputError(f"{path}: {token!r} has id {number!r}; ids differ, and count from 0")
     return vocab
 
 
@@ -287,9 +285,9 @@ def read_merges(path):
     """Return the pairs of a merges.txt. Raises InputError for a line that is not a pair."""
     merges = []
     for line in read_text(path).split("\n"):
-        pair = tuple(line.rstrip("\r").split(" "))
-        if len(pair) == 2 and not line.startswith("#version"):
-            merges.append(pair)
-        elif line.strip("\r") and not line.startswith("#version"):
-            raise InputError(f"{path}: {line!r} is not a pair of tokens")
+        line = line.rstrip("\r")
+        if line and not line.startswith("#version"):
+            merges.append(tuple(line.split(" ")))
+            if len(merges[-1]) != 2:
+                raise InputError(f"{path}: {line!r} is not a pair of tokens")
     return merges

@@ -1,0 +1,162 @@
+"""Claims about the tables and the picture of docs/, which are made from finished runs."""
+
+import gzip
+import json
+import math
+import pathlib
+import re
+import shlex
+import xml.etree.ElementTree
+
+import pytest
+
+from extras import evidence, figure
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+EVIDENCE = str(DOCS / "evidence.jsonl.gz")
+
+
+def line(seed, last, **flags):
+    """Return a line of a file of runs."""
+    flags = {"task": "mrpc", "holdout": None, "method": "lora", "seed": seed} | flags
+    return json.dumps({"flags": flags, "result": {"last": last, "params_active": 3072}}) + "\n"
+
+
+@pytest.fixture
+def show(tmp_path, capsys):
+    """Give a function that writes lines to a file and returns the table of it."""
+
+    def show(lines, *arguments):
+        path = tmp_path / "runs.jsonl"
+        path.write_text("".join(lines))
+        evidence.main([str(path), "--task", "mrpc", *arguments])
+        return capsys.readouterr().out
+
+    return show
+
+
+@pytest.mark.parametrize(
+    "p, freedom, t",
+    [
+        (0.975, 1, 12.706),
+        (0.975, 2, 4.303),
+        (0.975, 4, 2.776),
+        (0.975, 9, 2.262),
+        (0.975, 30, 2.042),
+        (0.95, 4, 2.132),
+        (0.9, 10, 1.372),
+        (0.995, 5, 4.032),
+    ],
+)
+def test_quantiles_of_student_t_are_those_of_the_printed_table(p, freedom, t):
+    assert evidence.student_t(p, freedom) == pytest.approx(t, abs=1e-3)
+
+
+def test_the_interval_of_a_paired_difference_is_the_one_worked_out_by_hand():
+    # Mean 2, standard deviation 1, standard error 1 / sqrt(3), and t = 4.3027 with 2 degrees.
+    assert evidence.paired_difference([1, 2, 3]) == pytest.approx(
+        (2, 4.3027 / math.sqrt(3)), abs=1e-4
+    )
+
+
+def test_one_difference_says_nothing_about_its_error():
+    assert evidence.paired_difference([1.5]) == (1.5, math.inf)
+
+
+def test_a_difference_is_over_the_seeds_that_both_rows_have(show):
+    lines = [line(0, 0.70), line(1, 0.71), line(2, 0.75), line(7, 0.10)]
+    lines += [line(seed, last, method="head") for seed, last in enumerate([0.71, 0.73, 0.78])]
+    table = show(lines)
+    # 71 - 70, 73 - 71, 78 - 75: mean 2, half width 2.48. Seed 7 has no partner.
+    assert "| `head` | 3 | 74.00 ± 3.61 | 3,072 | +2.00 [-0.48, +4.48], n = 3 |" in table
+    assert "| `lora` | 4 | 56.50 ± 31.08 | 3,072 |  |" in table
+
+
+def test_a_label_names_what_differs_and_leaves_out_what_is_usual(show):
+    common = {"epochs": 3.0, "targets": ["q", "v"]}
+    table = show([line(0, 0.7, lr=0.001, **common), line(0, 0.7, lr=3e-3, **common)])
+    assert "`lora lr=0.001`" in table and "`lora lr=0.003`" in table and "epochs" not in table
+    table = show([line(0, 0.7, targets=["v"]), line(0, 0.7, targets=["q", "v"])])
+    assert "`lora targets=v`" in table and "`lora targets=q,v`" in table
+    table = show([line(0, 0.7, allocator="greedy"), line(0, 0.7, allocator="uniform")])
+    assert "| `lora` |" in table and "`lora allocator=uniform`" in table
+
+
+def test_a_flag_selects_runs_and_spares_those_whose_method_does_not_use_it(show):
+    lines = [line(0, 0.7, lr=0.001), line(0, 0.8, lr=0.003), line(0, 0.5, method="head")]
+    table = show(lines, "--where", "lr=0.003")
+    assert "80.00" in table and "50.00" in table and "70.00" not in table
+
+
+def test_runs_that_chose_a_value_on_held_out_examples_are_no_results(show):
+    table = show([line(0, 0.7), line(1, 0.9, holdout=0.2), line(2, 0.7, holdout=0.0)])
+    assert "| `lora` | 2 | 70.00" in table
+
+
+def test_another_row_can_be_the_baseline(show):
+    lines = [line(seed, 0.7 + seed / 100) for seed in range(2)]
+    lines += [line(seed, 0.6 + seed / 100, method="head") for seed in range(2)]
+    assert "minus `head` [95 %]" in show(lines, "--baseline", "head")
+    assert "+10.00 [+10.00, +10.00], n = 2" in show(lines, "--baseline", "head")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--where", "lr=5"], "no run has lr=5"),
+        (["--where", "speed=5"], "no run has speed=5"),
+        (["--budget", "7"], "no run has budget=7"),
+        (["--baseline", "full"], "'full' is not a row"),
+    ],
+)
+def test_what_no_run_has_is_refused_in_one_line(show, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        show([line(0, 0.7, lr=0.001, budget=3072)], *arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        line(0, 0.7) + "{",
+        line(0, 0.7) + "[]\n",
+        line(0, 0.7) + '{"flags": {"seed": 1}, "result": {"failed": "the loss is nan"}}\n',
+    ],
+)
+def test_a_line_that_is_no_run_is_named(show, capsys, content):
+    with pytest.raises(SystemExit):
+        show([content])
+    assert "runs.jsonl, line 2, is no finished run" in capsys.readouterr().err
+
+
+def test_a_missing_or_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "runs.jsonl.gz"
+    path.write_bytes(gzip.compress(line(0, 0.7).encode() * 1000)[:-9])
+    for name in (path, tmp_path / "missing.jsonl"):
+        with pytest.raises(evidence.InputError, match="is no finished run"):
+            evidence.read_runs(str(name))
+
+
+def test_the_commands_of_the_results_print_the_tables_beside_them(capsys):
+    text = (DOCS / "RESULTS.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m extras\.evidence (.*)$", text.replace("\\\n", ""), re.M)
+    assert len(commands) > 10
+    for command in commands:
+        evidence.main([EVIDENCE, *shlex.split(command)[1:]])
+        assert f"\n\n{capsys.readouterr().out}\n" in text, command
+
+
+def test_the_picture_is_the_one_that_the_evidence_gives(tmp_path):
+    figure.main([EVIDENCE, str(tmp_path / "accuracy.svg")])
+    picture = (tmp_path / "accuracy.svg").read_text(encoding="utf-8")
+    assert picture == (DOCS / "accuracy.svg").read_text(encoding="utf-8")
+    marks = [mark.tag.split("}")[1] for mark in xml.etree.ElementTree.fromstring(picture).iter()]
+    assert marks.count("polyline") == 4 and marks.count("circle") == 4 * 6
+
+
+def test_the_picture_shows_mean_and_interval_by_budget():
+    runs = [evidence.Run({"budget": "3072"}, seed, 70.0 + seed, 0) for seed in (1, 2, 3)]
+    runs += [evidence.Run({"budget": "1536"}, seed, 60.0, 0) for seed in (1, 2)]
+    assert figure.points(runs)[0] == (1536, 60, 0)
+    assert figure.points(runs)[1] == pytest.approx((3072, 72, 2.4841), abs=1e-3)
