@@ -1,17 +1,18 @@
-"""Write files and folders so that they are whole or not there at all; read JSON; find the cache."""
+"""Write files and folders that are whole or not there at all, find the cache, read JSON."""
 
 import contextlib
 import json
 import os
 import tempfile
 
-from data import InputError
+from data import InputError, read_text
 
 
 def write(path, content):
-    """Write bytes, text, or what content(binary file) writes: to a temporary name, then rename.
+    """Write bytes, text, or whatever the function content(binary file) writes.
 
-    The file at `path` is whole, or as it was. Raises OSError.
+    The content goes to a temporary name first, so the file at `path` is whole, or as it was.
+    Raises OSError.
     """
     temporary = f"{path}.{os.getpid()}.unfinished"
     if isinstance(content, str):
@@ -26,7 +27,8 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except RuntimeError as error:  # what torch.save raises when the disk is full
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+        first_line = str(error).partition("\n")[0]
+        raise OSError(f"{path} cannot be written: {first_line}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -44,6 +46,7 @@ def new_folder(folder):
     parent = os.path.dirname(folder)
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".unfinished-") as temporary:
+        # Only the user may read a TemporaryDirectory; a folder in it has ordinary permissions.
         whole = os.path.join(temporary, "whole")
         os.mkdir(whole)
         yield whole
@@ -54,8 +57,8 @@ def cache_path(*parts):
     """Return a path in the cache: $HETEROLORA_CACHE, else heterolora in the user's cache folder."""
     root = os.environ.get("HETEROLORA_CACHE")
     if not root:
-        user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        root = os.path.join(user, "heterolora")
+        user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        root = os.path.join(user_cache, "heterolora")
     os.makedirs(root, exist_ok=True)
     return os.path.join(root, *parts)
 
@@ -63,10 +66,9 @@ def cache_path(*parts):
 def read_json(path):
     """Return the dict of a file that holds a JSON object. Raises InputError."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            value = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: want a JSON object, and it holds a {type(value).__name__}")
     return value

@@ -1,189 +1,335 @@
-"""What extras/downloads.py and extras/files.py claim, against a server on this machine."""
+"""What extras/downloads.py claims, against a server on this machine."""
 
+import hashlib
 import http.server
 import io
-import json
+import multiprocessing
+import os
+import random
+import re
 import threading
 import zipfile
+import zlib
 
 import pytest
 
 from data import InputError
-from extras import downloads, files
+from extras import downloads
 
-CONTENT = bytes(range(256)) * 40
+BODY = random.Random(0).randbytes(900_000)
+BERT = b'{"model_type": "bert"}'
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serve Handler.files, with Range; cut answers short while Handler.cuts is over 0."""
+class Server(http.server.ThreadingHTTPServer):
+    """Serve `content`, {path: bytes}, and note every request in `asked`, [(path, headers)].
 
-    files = {}
-    cuts = 0
-    fail = 0
-    seen = []
+    faults: {path: [what goes wrong with the first request, with the second, ...]}, each a status
+    {"status": 500}, a redirect {"to": address}, a body that ends early {"cut": bytes}, or
+    headers that are not true.
+    """
 
-    def do_GET(self):
-        Handler.seen.append((self.path, dict(self.headers)))
-        if Handler.fail:
-            Handler.fail -= 1
-            return self.send_error(503)
-        if self.path not in Handler.files:
-            return self.send_error(404)
-        content = Handler.files[self.path]
-        tag = f'"{len(content)}-{content[:1].hex()}"'
-        start = 0
-        if "Range" in self.headers and self.headers["If-Range"] == tag:
-            start = int(self.headers["Range"][6:-1])
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", tag)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        content = content[start:]
-        if Handler.cuts:
-            Handler.cuts -= 1
-            content = content[: len(content) // 2]
-        self.wfile.write(content)
+    daemon_threads = True
 
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.content, self.faults, self.asked = {}, {}, []
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def ranges(self):
+        return [headers.get("Range") for _, headers in self.asked]
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
+
+    def do_GET(self):
+        self.server.asked.append((self.path, dict(self.headers)))
+        faults = self.server.faults.get(self.path, [])
+        fault = faults.pop(0) if faults else {}
+        if "to" in fault:
+            self.send_response(302)
+            self.send_header("Location", fault["to"])
+            return self.end_headers()
+        if "status" in fault or self.path not in self.server.content:
+            return self.send_error(fault.get("status", 404))
+        body = self.server.content[self.path]
+        etag = f'"{zlib.crc32(body)}"'
+        start = 0
+        wanted = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if wanted and self.headers.get("If-Range") == etag:
+            start = int(wanted[1])
+        if start > len(body):
+            return self.send_error(416)
+        headers = {"ETag": etag, "Content-Type": "text/plain"}
+        headers["Content-Length"] = str(len(body) - start)
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        headers |= {name: value for name, value in fault.items() if name in headers}
+        self.send_response(206 if start else 200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[start : start + fault.get("cut", len(body))])
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    Handler.files, Handler.seen, Handler.cuts, Handler.fail = {}, [], 0, 0
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(downloads, "PAUSE", 0.001)
+    server = Server()
+    monkeypatch.setattr(downloads, "PAUSES", (0, 0, 0, 0))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("HETEROLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    monkeypatch.setenv("GLUE_ENDPOINT", address)
-    yield address
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("GLUE_ENDPOINT", server.url + "/")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
     server.shutdown()
+    server.server_close()
 
 
-def test_a_file_that_is_cut_off_is_gone_on_with(server, tmp_path):
-    Handler.files["/a"] = CONTENT
-    Handler.cuts = 2
-    downloads.fetch(server + "/a", str(tmp_path / "a"))
-    assert (tmp_path / "a").read_bytes() == CONTENT
-    assert [headers.get("Range") for _, headers in Handler.seen] == [
-        None,
-        "bytes=5120-",
-        "bytes=7680-",
-    ]
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a"]
+def fetch(server, folder, sha256=None):
+    """Download /file from the server into a folder, and return its content."""
+    path = str(folder / "file")
+    downloads.fetch(server.url + "/file", path, sha256)
+    with open(path, "rb") as file:
+        return file.read()
 
 
-def test_a_partial_file_of_another_version_is_begun_anew(server, tmp_path):
-    Handler.files["/a"] = CONTENT
-    (tmp_path / "a.part").write_bytes(b"x" * 100)
-    (tmp_path / "a.part.version").write_text('"old"')
-    downloads.fetch(server + "/a", str(tmp_path / "a"))
-    assert (tmp_path / "a").read_bytes() == CONTENT
+def files_in(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_server_in_trouble_is_asked_again_and_at_last_given_up(server, tmp_path):
-    Handler.files["/a"] = CONTENT
-    Handler.fail = 2
-    downloads.fetch(server + "/a", str(tmp_path / "a"))
-    Handler.fail = 99
-    with pytest.raises(InputError, match="503"):
-        downloads.fetch(server + "/a", str(tmp_path / "b"))
-    assert len(Handler.seen) == 3 + downloads.TRIES
+def test_a_download_that_is_cut_goes_on_where_it_ended(server, tmp_path, capsys):
+    server.content["/file"] = BODY
+    server.faults["/file"] = [{"cut": 500_000}, {"status": 503}, {"cut": 100_000}]
+    assert fetch(server, tmp_path / "a") == BODY
+    assert server.ranges() == [None, "bytes=500000-", "bytes=500000-", "bytes=600000-"]
+    assert files_in(tmp_path) == ["file"]
+    assert "file: 0.9 MB" in capsys.readouterr().err
+    assert fetch(server, tmp_path / "a") == BODY  # there already: no request
+    assert len(server.asked) == 4
 
 
-def test_a_hub_model_is_downloaded_once_with_the_token(server, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    for name in ("config.json", "vocab.txt", "pytorch_model.bin"):
-        Handler.files[f"/some/model/resolve/main/{name}"] = b"{}"
-    folder = downloads.hub_folder("some/model")
-    assert json.loads(open(folder + "/config.json").read()) == {}
-    assert Handler.seen[0][1]["Authorization"] == "Bearer secret"
-
-
-def test_the_token_is_not_sent_to_another_host():
-    request = downloads.urllib.request.Request(
-        "https://a.org/x", headers={"Authorization": "Bearer t"}
-    )
-    handler = downloads.KeepTokenHome()
-    for url, is_kept in (("https://a.org/y", True), ("https://b.org/y", False)):
-        new = handler.redirect_request(request, None, 302, "Found", {}, url)
-        assert new.has_header("Authorization") == is_kept
+def test_the_next_call_goes_on_with_the_same_version_and_begins_anew_with_another(server, tmp_path):
+    for body, expected in ((BODY, "bytes=500000-"), (BODY[::-1], None)):
+        server.content["/file"] = BODY
+        server.faults["/file"] = [{"cut": 500_000}] + [{"status": 500}] * 3
+        folder = tmp_path / str(expected)
+        with pytest.raises(InputError, match="500 Internal Server Error; gave up after 4"):
+            fetch(server, folder)
+        assert files_in(folder) == ["file.part", "file.part.etag"]
+        server.content["/file"] = body
+        assert fetch(server, folder) == body
+        assert server.ranges()[-1] == "bytes=500000-"
 
 
 @pytest.mark.parametrize(
-    "present, message",
+    "lie", [{"Content-Range": "bytes 7-899999/900000"}, {"ETag": '"other"'}, {"status": 416}]
+)
+def test_a_part_that_does_not_fit_is_not_glued_on(server, tmp_path, lie):
+    server.content["/file"] = BODY
+    server.faults["/file"] = [{"cut": 500_000}, lie]
+    assert fetch(server, tmp_path) == BODY
+    assert server.ranges() == [None, "bytes=500000-", None]
+
+
+def test_a_version_without_a_strong_name_is_not_gone_on_with(server, tmp_path):
+    server.content["/file"] = BODY
+    server.faults["/file"] = [{"cut": 500_000, "ETag": 'W/"weak"'}]
+    assert fetch(server, tmp_path) == BODY
+    assert server.ranges() == [None, None]
+
+
+@pytest.mark.parametrize(
+    "faults, message, requests",
     [
-        ([], "no model some/model"),
-        (["config.json"], "neither vocab.txt"),
-        (["config.json", "vocab.txt"], "neither model.safetensors"),
+        ([{"status": 404}], "404", 1),
+        ([{"status": 401}], "401 Unauthorized: .*HF_TOKEN", 1),
+        ([{"to": "/file"}] * 20, "infinite loop", 5),
+        ([{"Content-Type": "text/html"}], "a web page came instead", 1),
+        ([{"cut": 0, "Content-Length": "0"}] * 4, "the file is empty", 4),
+        ([{"Content-Length": "999999", "ETag": ""}] * 4, "900000 bytes came instead of 999999", 4),
     ],
 )
-def test_what_a_hub_model_lacks_is_said(server, present, message):
-    for name in present:
-        Handler.files[f"/some/model/resolve/main/{name}"] = b"{}"
-    with pytest.raises(InputError, match=message):
+def test_a_download_that_fails_names_the_address_and_leaves_no_file(
+    server, tmp_path, faults, message, requests
+):
+    server.content["/file"] = BODY
+    server.faults["/file"] = faults
+    with pytest.raises(InputError, match=f"{server.url}/file: .*{message}") as error:
+        fetch(server, tmp_path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "file").exists()
+    assert len(server.asked) == requests
+
+
+def test_a_server_that_cannot_be_reached_is_an_error(server, tmp_path):
+    with pytest.raises(InputError, match="cannot be reached: .*refused; gave up after 4"):
+        downloads.fetch("http://127.0.0.1:9/file", str(tmp_path / "file"))
+
+
+def test_a_file_with_another_sha256_is_refused_and_not_kept(server, tmp_path):
+    server.content["/file"] = BODY
+    with pytest.raises(InputError, match="SHA-256 is [0-9a-f]{64} instead of 000"):
+        fetch(server, tmp_path, "0" * 64)
+    assert "file.part" not in files_in(tmp_path)
+    assert fetch(server, tmp_path, hashlib.sha256(BODY).hexdigest()) == BODY
+
+
+def test_the_token_goes_to_the_hub_and_to_no_other_host(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret\n")  # as a file with a token ends
+    other = Server()
+    server.content["/file"] = other.content["/far"] = BODY
+    server.faults["/file"] = [{"to": "/file"}, {"to": other.url + "/far"}]
+    assert fetch(server, tmp_path) == BODY
+    assert [headers.get("Authorization") for _, headers in server.asked] == ["Bearer secret"] * 2
+    downloads.fetch(other.url + "/far", str(tmp_path / "far"))
+    assert [headers.get("Authorization") for _, headers in other.asked] == [None, None]
+    other.shutdown()
+    other.server_close()
+
+
+@pytest.mark.parametrize("token", ["secret\nX: y", "sécret"])
+def test_a_broken_token_is_refused_and_not_shown(server, tmp_path, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(InputError, match="HF_TOKEN") as error:
+        fetch(server, tmp_path)
+    assert "cret" not in str(error.value)
+
+
+def on_the_hub(server, **files):
+    """Put files of the model some/model on the server. Write a dot in a name as two underscores."""
+    for name, content in files.items():
+        server.content[f"/some/model/resolve/main/{name.replace('__', '.')}"] = content
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"vocab__txt": b"a", "model__safetensors": BODY},
+        {"vocab__json": b"{}", "merges__txt": b"a b", "pytorch_model__bin": BODY},
+    ],
+)
+def test_a_hub_model_is_downloaded_once_weights_last(server, files, monkeypatch):
+    on_the_hub(server, config__json=BERT, tokenizer_config__json=b"{}", **files)
+    folder = downloads.hub_folder("some/model")
+    assert len(os.listdir(folder)) == len(server.content)
+    assert server.asked[-1][0] in [path for path in server.content if path.endswith(("s", "bin"))]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # from here on the network is down
+    assert downloads.hub_folder("some/model") == folder
+
+
+@pytest.mark.parametrize("lost", ["config.json", "vocab.txt", "model.safetensors"])
+def test_a_folder_without_config_vocabulary_or_weights_is_filled_up(server, lost):
+    on_the_hub(server, config__json=BERT, vocab__txt=b"a", model__safetensors=BODY)
+    folder = downloads.hub_folder("some/model")
+    os.remove(os.path.join(folder, lost))
+    downloads.hub_folder("some/model")
+    assert lost in os.listdir(folder)
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "some/model is no folder here, and the hub has no config.json"),
+        ({"config__json": b'{"model_type": "t5"}', "model__safetensors": BODY}, "t5"),
+        ({"config__json": BERT, "vocab__json": b"{}"}, "neither vocab.txt nor"),
+        ({"config__json": BERT, "vocab__txt": b"a"}, "sharded ones are not read"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused_before_its_weights_come(server, files, message):
+    on_the_hub(server, **files)
+    with pytest.raises(InputError, match=message) as error:
+        downloads.hub_folder("some/model")
+    assert "\n" not in str(error.value)
+    downloaded = {path for path, _ in server.asked if path in server.content}
+    assert not any("model." in path for path in downloaded)
+
+
+def check_the_weights():
+    folder = downloads.hub_folder("some/model")
+    with open(os.path.join(folder, "model.safetensors"), "rb") as file:
+        assert file.read() == BODY
+
+
+def test_two_processes_that_download_at_the_same_time_both_get_whole_files(server):
+    on_the_hub(server, config__json=BERT, vocab__txt=b"a", model__safetensors=BODY)
+    weights = "/some/model/resolve/main/model.safetensors"
+    server.faults[weights] = [{"cut": 300_000}, {"cut": 300_000}]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=check_the_weights) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(20)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [path for path, _ in server.asked].count(weights) == 3  # the second process waited
+
+
+def test_an_address_without_https_is_refused(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
+    with pytest.raises(InputError, match="HF_ENDPOINT=mirror.example: give an address"):
         downloads.hub_folder("some/model")
 
 
-def test_a_glue_zip_is_unpacked_and_a_damaged_one_not_kept(server):
-    Handler.files["/glue/data/SST-2.zip"] = b"no zip"
-    with pytest.raises(InputError, match="--data-dir"):
-        downloads.glue_folder("sst2")
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as file:
-        file.writestr("SST-2/train.tsv", "sentence\tlabel\ngood\t1\n")
-        file.writestr("SST-2/dev.tsv", "sentence\tlabel\nbad\t0\n")
-    Handler.files["/glue/data/SST-2.zip"] = content.getvalue()
-    folder = downloads.glue_folder("sst2")
-    assert open(folder + "/SST-2/dev.tsv").read() == "sentence\tlabel\nbad\t0\n"
-    requests = len(Handler.seen)
-    downloads.glue_folder("sst2")
-    assert len(Handler.seen) == requests
+def zipped(**files):
+    """Return a zip archive. Write RTE/train.tsv as RTE_train."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            folder, _, split = name.partition("_")
+            archive.writestr(f"{folder}/{split}.tsv", content)
+    return buffer.getvalue()
 
 
-def test_mrpc_is_split_by_the_list_of_ids(tmp_path):
-    (tmp_path / "text").write_text("Quality\tID\tID\n1\t10\t11\ta\tb\r\n0\t20\t21\tc\td\n")
-    (tmp_path / "ids").write_text("20\t21\n")
-    train, dev = downloads.split_mrpc(tmp_path / "text", tmp_path / "ids")
-    assert train == b"Quality\tID\tID\n1\t10\t11\ta\tb\n"
-    assert dev == b"Quality\tID\tID\n0\t20\t21\tc\td\n"
+@pytest.mark.parametrize(
+    "task, archive, folder, dev",
+    [
+        ("rte", "RTE", "RTE", "dev"),
+        ("qnli", "QNLIv2", "QNLI", "dev"),
+        ("qqp", "QQP-clean", "QQP", "dev"),
+        ("mnli", "MNLI", "MNLI", "dev_matched"),
+    ],
+)
+def test_glue_is_downloaded_once_and_taken_out_of_its_zip(
+    server, tmp_path, task, archive, folder, dev
+):
+    content = zipped(**{f"{folder}_train": "a", f"{folder}_{dev}": "b", ".._evil": "c"})
+    server.content[f"/glue/data/{archive}.zip"] = content
+    data_dir = downloads.glue_folder(task)
+    assert downloads.glue_folder(task) == data_dir
+    assert len(server.asked) == 1
+    assert files_in(tmp_path / "cache") == [f"{dev}.tsv", "lock", "train.tsv"]
+    with open(os.path.join(data_dir, folder, f"{dev}.tsv")) as file:
+        assert file.read() == "b"
 
 
-def test_a_changed_mrpc_is_refused(server):
-    Handler.files["/" + downloads.MRPC_TEXT] = b"other"
-    with pytest.raises(InputError, match="SHA-256"):
+@pytest.mark.parametrize(
+    "archive", [b"no zip", zipped(RTE_train="a"), zipped(RTE_train="a", RTE_dev="b")[:-30]]
+)
+def test_a_damaged_archive_is_refused_and_not_kept(server, tmp_path, archive):
+    server.content["/glue/data/RTE.zip"] = archive
+    with pytest.raises(InputError, match="RTE.zip: a damaged archive: .*; --data-dir takes files"):
+        downloads.glue_folder("rte")
+    assert files_in(tmp_path / "cache") == ["lock"]
+
+
+def test_mrpc_is_split_by_the_list_of_dev_pairs_and_checked(server, monkeypatch):
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    pairs = f"{header}1\t11\t12\tA \u2028 b\tC\r\n0\t21\t22\tD\tE\r\n1\t12\t11\tF\tG\r\n".encode()
+    server.content = {f"/{downloads.MRPC_PAIRS}": pairs, f"/{downloads.MRPC_DEV}": b"11\t12\n"}
+    with pytest.raises(InputError, match="SHA-256 .*--data-dir"):
         downloads.glue_folder("mrpc")
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    files.write(tmp_path / "a", "old")
-
-    def fail(file):
-        file.write(b"ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        files.write(tmp_path / "a", fail)
-    assert (tmp_path / "a").read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(ZeroDivisionError), files.new_folder(tmp_path / "a") as folder:
-        files.write(folder + "/x", "1")
-        raise ZeroDivisionError
-    assert not list(tmp_path.iterdir())
-    with files.new_folder(tmp_path / "a") as folder:
-        files.write(folder + "/x", "1")
-    assert (tmp_path / "a" / "x").read_text() == "1"
-    with pytest.raises(InputError, match="there already"), files.new_folder(tmp_path / "a"):
-        pass
-
-
-@pytest.mark.parametrize("text", ["[1]", "{", ""])
-def test_a_file_that_holds_no_json_object_is_refused(tmp_path, text):
-    (tmp_path / "a").write_text(text)
-    with pytest.raises(InputError):
-        files.read_json(tmp_path / "a")
+    for name in ("MRPC_PAIRS", "MRPC_DEV"):
+        content = server.content["/" + getattr(downloads, name)]
+        monkeypatch.setattr(downloads, f"{name}_SHA256", hashlib.sha256(content).hexdigest())
+    folder = os.path.join(downloads.glue_folder("mrpc"), "MRPC")
+    rows = {}
+    for split in ("train", "dev"):
+        with open(os.path.join(folder, f"{split}.tsv"), encoding="utf-8", newline="") as file:
+            rows[split] = file.read().split("\n")
+    assert rows["dev"][1:] == ["1\t11\t12\tA \u2028 b\tC", ""]
+    assert rows["train"][1:] == ["0\t21\t22\tD\tE", "1\t12\t11\tF\tG", ""]
+    assert rows["train"][0] == rows["dev"][0] == "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    assert sorted(os.listdir(folder)) == ["dev.tsv", "train.tsv"]
