@@ -1,286 +1,235 @@
 """A small built-in language: four classification tasks that need no download.
 
-A seeded generator writes English-like sentences whose meaning is known, in the form of GLUE tasks:
-paraphrase (MRPC), entailment (RTE), sentiment (SST-2) and acceptability (CoLA). The same generator
-writes the text on which the shipped encoder in builtin/ was trained (make_builtin.py).
+Sentences whose meaning is known are worded at random, in the form of GLUE tasks: paraphrase (MRPC),
+entailment (RTE), sentiment (SST-2) and acceptability (CoLA). Everything follows from the seed.
 """
 
+import copy
+import functools
 import random
+import string
 
 from data import Task, accuracy, accuracy_and_f1, matthews
 
-
-def concepts(text):
-    """Turn "a/b c_d" into [("a", "b"), ("c d",)]: concepts, each with its synonyms."""
-    return [tuple(concept.replace("_", " ").split("/")) for concept in text.split()]
-
-
-LEXICON = {  # nouns and verbs are regular, so that inflection is one rule
-    "person": concepts(
-        "doctor/physician lawyer/attorney student/pupil robber/burglar author/writer cook/chef "
-        "guard/warden farmer/grower"
-    ),
-    "verb": concepts(
-        "help/assist follow/trail greet/welcome attack/assault trick/fool hire/employ "
-        "praise/commend call/phone"
-    ),
-    "adjective": concepts("old/elderly young/youthful rich/wealthy brave/courageous"),
-    "place": concepts(
-        "in_the_garden/in_the_yard at_the_shop/at_the_store in_the_woods/in_the_forest"
-    ),
-    "time": concepts("at_dawn/at_sunrise at_dusk/at_sunset every_day/daily"),
-    "manner": concepts("quickly/rapidly quietly/silently gladly/happily"),
-    "thing": concepts(
-        "film/movie plot/story acting/performance music/score book/novel ending/finale "
-        "dialogue/script pace/tempo"
-    ),
-    "good": concepts(
-        "great/superb funny/amusing moving/touching witty/sharp fresh/original charming/delightful"
-    ),
-    "bad": concepts(
-        "dull/boring awful/terrible silly/stupid stale/trite clumsy/awkward bland/lifeless"
-    ),
+LEXICON = {  # concepts; a slash stands between synonyms, _ for a space. All inflection is regular.
+    "person": "doctor/physician lawyer/attorney student/pupil robber/burglar author/writer "
+    "cook/chef guard/warden farmer/grower",
+    "verb": "help/assist follow/trail greet/welcome attack/assault trick/fool hire/employ "
+    "praise/commend call/phone",
+    "adjective": "old/elderly young/youthful rich/wealthy brave/courageous",
+    "place": "in_the_garden/in_the_yard at_the_shop/at_the_store in_the_woods/in_the_forest",
+    "time": "at_dawn/at_sunrise at_dusk/at_sunset every_day/daily",
+    "manner": "quickly/rapidly quietly/silently gladly/happily",
+    "thing": "film/movie plot/story acting/performance music/score book/novel ending/finale "
+    "dialogue/script pace/tempo",
+    "good": "great/superb funny/amusing moving/touching witty/sharp fresh/original "
+    "charming/delightful",
+    "bad": "dull/boring awful/terrible silly/stupid stale/trite clumsy/awkward bland/lifeless",
+    "function": "the a an some this these near behind is are was were do does did not never by "
+    ", . but although and very really quite rather",
 }
-FUNCTION_WORDS = (
-    "the a an some this these near behind is are was were do does did not never by , . but "
-    "although and very really quite rather"
-)
-ARTICLES = (("the", "the"), ("a", "some"), ("this", "these"))  # singular, plural
 ADJUNCTS = ("place", "time", "manner")
-TASKS = {
-    "paraphrase": accuracy_and_f1,
-    "entailment": accuracy,
-    "sentiment": accuracy,
-    "acceptability": matthews,
-}
+SINGULAR, PLURAL = 0, 1  # which one of a pair of forms
+ARTICLES = (("the", "the"), ("a", "some"), ("this", "these"))
+BE = {"present": ("is", "are"), "past": ("was", "were")}
+DO = {"present": ("does", "do"), "past": ("did", "did")}
+# What stands here twice is drawn twice as often.
+CHANGES = ("roles", "roles", "adjectives", "negation", "concept", "concept", "concept")
+FAULTS = (
+    "agreement",  # the verb has not the number of its subject: "the doctors helps"
+    "agreement",
+    "article",  # the article has not the number of its noun: "these doctor"
+    "order",  # the noun comes first: "doctor the old"
+    "form",  # the verb has a wrong form: "is help", "is helps", "does not helped"
+    "by",  # a passive lacks "by": "is helped the doctor"
+)
+# Clauses 0 and 1 are of one opinion, 2 of the other: the main clause decides.
+FORMS = "{0} . / {0} and {1} . / {2} , but {0} . / although {2} , {0} . / {0} , although {2} ."
+TASKS = dict(
+    paraphrase=accuracy_and_f1, entailment=accuracy, sentiment=accuracy, acceptability=matthews
+)
+
+
+@functools.cache
+def concepts(kind):
+    """Return the concepts of a kind, each a list of synonyms."""
+    return [concept.replace("_", " ").split("/") for concept in LEXICON[kind].split()]
 
 
 class Language:
     """A generator of sentences; everything follows from `rng` (random.Random).
 
-    An event is a dict: agent and patient (noun phrases), verb, past, negated, and optional place,
-    time and manner (numbers of concepts, or None). `sentence` words it at random: synonyms, active
-    or passive, adjuncts moved, "not" or "never".
+    An event is a dict: agent and patient (persons), tense, negated, and numbers of concepts: verb,
+    place, time and manner (or None). `sentence` words it at random: synonyms, active or passive,
+    adjuncts moved, "not" or "never". Methods named as a task give (text, second text or None).
     """
 
     def __init__(self, rng):
         self.rng = rng
-        self.said = {}  # the choices of words so far, which are most often repeated
+        self.said = {}  # the words chosen so far, which are most often repeated
 
-    def again(self, key, choices):
-        """Return one of the choices: most often the one that was taken for this key before."""
-        if key not in self.said or self.rng.random() < 0.3:
-            self.said[key] = self.rng.choice(choices)
+    def chance(self, probability):
+        return self.rng.random() < probability
+
+    def optional(self, is_there, words):
+        """Return a list with one of the words, or an empty one."""
+        return [self.rng.choice(words)] if is_there else []
+
+    def again(self, key, options):
+        """Return one of the options: most often the one that was taken for this key before."""
+        if key not in self.said or self.chance(0.3):
+            self.said[key] = self.rng.choice(options)
         return self.said[key]
-
-    def pick(self, kind, other_than=None):
-        """Return the number of a random concept of this kind, other than the given one."""
-        numbers = [i for i in range(len(LEXICON[kind])) if i != other_than]
-        return self.rng.choice(numbers)
 
     def word(self, kind, concept):
         """Return one of the synonyms of a concept."""
-        return self.again((kind, concept), LEXICON[kind][concept])
+        return self.again((kind, concept), concepts(kind)[concept])
+
+    def words(self, kind, concept):
+        """Return a list with one of the synonyms of a concept, or an empty one for None."""
+        return [] if concept is None else [self.word(kind, concept)]
+
+    def pick(self, kind, *taken):
+        """Return the number of a random concept, but none of those taken."""
+        return self.rng.choice([i for i in range(len(concepts(kind))) if i not in taken])
 
     def person(self, near=False):
-        """Return a random noun phrase. With near=True some have another person beside them, whose
-        number may tempt the verb to agree with it.
-        """
-        person = {
-            "noun": self.pick("person"),
-            "plural": self.rng.random() < 0.5,
-            "article": self.rng.randrange(3),
-            "adjective": None,
-            "near": None,
-        }
-        if self.rng.random() < 0.3:
-            person["adjective"] = self.pick("adjective")
-        if near and self.rng.random() < 0.4:
-            person["near"] = self.person()
+        """Return a random person. near: maybe with another beside, who may mislead the verb."""
+        person = {"noun": self.pick("person"), "number": PLURAL if self.chance(0.5) else SINGULAR}
+        person["article"] = self.rng.choice(ARTICLES)
+        person["adjective"] = self.pick("adjective") if self.chance(0.3) else None
+        person["near"] = self.person() if near and self.chance(0.4) else None
         return person
 
     def event(self, near=False):
         """Return a random event whose agent and patient are different concepts."""
-        agent = self.person(near)
-        patient = self.person()
-        patient["noun"] = self.pick("person", other_than=agent["noun"])
-        adjuncts = {}
+        event = {"agent": self.person(near), "patient": self.person()}
+        event["patient"]["noun"] = self.pick("person", event["agent"]["noun"])
         for kind in ADJUNCTS:
-            adjuncts[kind] = self.pick(kind) if self.rng.random() < 0.3 else None
-        event = {"agent": agent, "patient": patient, "verb": self.pick("verb")}
-        event["past"] = self.rng.random() < 0.5
-        event["negated"] = self.rng.random() < 0.25
-        return event | adjuncts
+            event[kind] = self.pick(kind) if self.chance(0.3) else None
+        event["verb"] = self.pick("verb")
+        event["tense"] = "past" if self.chance(0.5) else "present"
+        event["negated"] = self.chance(0.25)
+        return event
 
-    # -------------------------------------------------------------------------- from event to text
+    def changed(self, event):
+        """Return a copy of an event that differs from it in one thing: one of CHANGES."""
+        new = copy.deepcopy(event)
+        agent, patient = new["agent"], new["patient"]
+        change = self.rng.choice(CHANGES)
+        if change == "roles":
+            new["agent"], new["patient"] = patient, agent
+        elif change == "adjectives" and agent["adjective"] != patient["adjective"]:
+            agent["adjective"], patient["adjective"] = patient["adjective"], agent["adjective"]
+        elif change == "negation":
+            new["negated"] = not event["negated"]
+        else:
+            what = self.rng.choice(["agent", "patient", "verb", *adjuncts(event)])
+            if what in ("agent", "patient"):
+                new[what]["noun"] = self.pick("person", agent["noun"], patient["noun"])
+            else:
+                new[what] = self.pick(what, event[what])
+        return new
 
     def noun_phrase(self, person, fault=None):
-        """Return words. Fault "article": of the wrong number; "order": the noun comes first."""
-        adjective = []
-        if person["adjective"] is not None:
-            adjective = [self.word("adjective", person["adjective"])]
+        """Return the words for a person."""
+        adjective = self.words("adjective", person["adjective"])
         noun = self.word("person", person["noun"])
-        if person["plural"]:
+        if person["number"] == PLURAL:
             noun += "s"
-        is_plural = person["plural"] != (fault == "article")
-        article = ARTICLES[person["article"]][is_plural]
-        if article == "a" and (adjective + [noun])[0][0] in "aeiou":
-            article = "an"
+        article = person["article"][person["number"]]
+        if fault == "article":
+            article = person["article"][1 - person["number"]]
         words = [article, *adjective, noun]
+        if article == "a" and words[1][0] in "aeiou":
+            words[0] = "an"
         if fault == "order":
-            words = [noun, article, *adjective]
+            words = [noun, *words[:-1]]
         if person["near"]:
-            words.append(self.rng.choice(("near", "behind")))
-            words += self.noun_phrase(person["near"])
+            words += [self.rng.choice(("near", "behind")), *self.noun_phrase(person["near"])]
         return words
 
     def sentence(self, event, fault=None):
-        """Word an event. Fault: None, or what shall be ungrammatical, one of FAULTS."""
-        base = self.word("verb", event["verb"])
-        voice = "passive"
-        if fault != "by":
-            voice = self.again("voice", ("active", "active", "passive"))
-        is_passive = voice == "passive"
-        subject, other = event["agent"], event["patient"]
-        if is_passive:
-            subject, other = other, subject
-        is_plural = subject["plural"] != (fault == "agreement")
-        denial = [self.rng.choice(("not", "never"))] if event["negated"] else []
-        manner = [] if event["manner"] is None else [self.word("manner", event["manner"])]
-        early, late = ([], manner)
-        if self.rng.random() < 0.5:
-            early, late = late, early
-        form = self.passive_verb if is_passive else self.active_verb
-        verb = form(base, is_plural, event["past"], [*denial, *early], denial, fault)
-
-        adjuncts = []
-        for kind in ("place", "time"):
-            if event[kind] is not None:
-                adjuncts.append(self.word(kind, event[kind]).split())
-        self.rng.shuffle(adjuncts)
-        front = []
-        if adjuncts and self.rng.random() < 0.4:
-            front = [*adjuncts.pop(), ","]
-        noun_fault = fault if fault in ("article", "order") else None
-        words = (
-            front + self.noun_phrase(subject, noun_fault) + verb + self.noun_phrase(other) + late
-        )
-        for adjunct in adjuncts:
-            words += adjunct
-        return " ".join(words) + " ."
-
-    def passive_verb(self, base, is_plural, is_past, before, denial, fault):
-        """Return the words of a passive verb with what stands before the participle."""
-        be = (("is", "was"), ("are", "were"))[is_plural][is_past]
-        words = [be, *before, base if fault == "form" else participle(base)]
-        return words if fault == "by" else [*words, "by"]
-
-    def active_verb(self, base, is_plural, is_past, before, denial, fault):
-        """Return the words of an active verb with what stands before it."""
-        if denial == ["not"]:
-            present = "do" if is_plural else "does"
-            auxiliary = "did" if is_past else present
-            return [auxiliary, *before, participle(base) if fault == "form" else base]
-        present = base if is_plural else base + "s"
-        is_form = ["is"] if fault == "form" else []
-        return [*before, *is_form, participle(base) if is_past else present]
-
-    # ------------------------------------------------------------------------------------- tasks
-
-    def changed(self, event):
-        """Return an event that differs in one thing: roles, adjectives, negation or a concept."""
-        agent, patient = event["agent"], event["patient"]
-        kinds = ("roles", "roles", "adjectives", "negation", "concept", "concept", "concept")
-        kind = self.rng.choice(kinds)
-        if kind == "roles":
-            return event | {"agent": patient, "patient": agent}
-        if kind == "adjectives" and agent["adjective"] != patient["adjective"]:
-            new_agent = agent | {"adjective": patient["adjective"]}
-            new_patient = patient | {"adjective": agent["adjective"]}
-            return event | {"agent": new_agent, "patient": new_patient}
-        if kind == "negation":
-            return event | {"negated": not event["negated"]}
-        there = [kind for kind in ADJUNCTS if event[kind] is not None]
-        what = self.rng.choice(["agent", "patient", "verb", *there])
-        if what in ("agent", "patient"):
-            taken = (agent["noun"], patient["noun"])
-            nouns = [i for i in range(len(LEXICON["person"])) if i not in taken]
-            return event | {what: event[what] | {"noun": self.rng.choice(nouns)}}
-        return event | {what: self.pick(what, other_than=event[what])}
+        """Return an event in words. fault: None, or what shall be ungrammatical, one of FAULTS."""
+        verb = self.word("verb", event["verb"])
+        subject, other, verb_phrase = event["agent"], event["patient"], active
+        if fault == "by" or self.again("voice", ("active", "active", "passive")) == "passive":
+            subject, other, verb_phrase = event["patient"], event["agent"], passive
+        before = self.optional(event["negated"], ("not", "never"))
+        last = self.words("manner", event["manner"])
+        if self.chance(0.5):
+            before, last = before + last, []
+        number = subject["number"]
+        if fault == "agreement":
+            number = 1 - number
+        middle = verb_phrase(verb, event["tense"], number, before, fault)
+        where_and_when = self.words("place", event["place"]) + self.words("time", event["time"])
+        self.rng.shuffle(where_and_when)
+        first = []
+        if where_and_when and self.chance(0.4):
+            first = [where_and_when.pop(), ","]
+        words = first + self.noun_phrase(subject, fault) + middle + self.noun_phrase(other)
+        return " ".join([*words, *last, *where_and_when, "."])
 
     def paraphrase(self, label):
-        """Return two sentences: of the same event (label 1), or of a changed one (label 0)."""
+        """Return two sentences: of one event (label 1), or of an event and a changed one (0)."""
         event = self.event()
         self.said = {}
-        first = self.sentence(event)
-        return first, self.sentence(event if label else self.changed(event))
+        return self.sentence(event), self.sentence(event if label else self.changed(event))
 
     def entailment(self, label):
-        """Return two sentences: the second follows from the first (label 0, as in RTE) or not (1).
-
-        To leave an adjunct out is safe unless the sentence is negated; to add one is safe if it is.
-        """
+        """Return two sentences: the second follows from the first (0, as in RTE) or not (1)."""
         event = self.event()
         self.said = {}
-        kinds = [kind for kind in ADJUNCTS if event[kind] is not None]
+        kinds = adjuncts(event)
         if not kinds:
             kinds = [self.rng.choice(ADJUNCTS)]
             event[kinds[0]] = self.pick(kinds[0])
         dropped = self.rng.sample(kinds, self.rng.randint(1, len(kinds)))
         less = event | dict.fromkeys(dropped)
+        # "He sang at dawn" says more than "he sang", but "he never sang" says the most.
         strong, weak = (less, event) if event["negated"] else (event, less)
-        if label and self.rng.random() < 0.4:
-            first = self.sentence(weak)
-            return first, self.sentence(strong)
-        if label:  # change what both sentences say, not what only the weak one says
+        if label and self.chance(0.4):
+            return self.sentence(weak), self.sentence(strong)
+        if label:  # change what both sentences say, not what only one of them says
             weak = self.changed(less)
             if event["negated"]:
-                weak = weak | {kind: event[kind] for kind in dropped}
-        first = self.sentence(strong)
-        return first, self.sentence(weak)
+                weak |= {kind: event[kind] for kind in dropped}
+        return self.sentence(strong), self.sentence(weak)
 
     def sentiment(self, label):
-        """Return a positive (1) or negative (0) sentence, and None. In contrasts the main clause
-        decides.
-        """
-        things = self.rng.sample(range(len(LEXICON["thing"])), 3)  # none praised and blamed at once
-        forms = (
-            "{0} .",
-            "{0} and {1} .",
-            "{2} , but {0} .",
-            "although {2} , {0} .",
-            "{0} , although {2} .",
-        )
-        form = self.rng.choice(forms)
-        good = bool(label)
-        clauses = [self.opinion(things.pop(), kind) for kind in (good, good, not good)]
-        return form.format(*clauses), None
+        """Return a sentence of praise (1) or blame (0), and None."""
+        things = self.rng.sample(range(len(concepts("thing"))), 3)  # three different ones
+        form = self.rng.choice(FORMS.split(" / "))
+        main = self.opinion(things.pop(), label == 1)
+        also = self.opinion(things.pop(), label == 1)
+        contrary = self.opinion(things.pop(), label == 0)
+        return form.format(main, also, contrary), None
 
-    def opinion(self, thing, good):
+    def opinion(self, thing, is_praise):
         """Return a clause that praises or blames a thing."""
-        negated = self.rng.random() < 0.3
-        kind = "good" if good != negated else "bad"
-        very = []
-        if self.rng.random() < 0.4:
-            very = [self.rng.choice(("very", "really", "quite", "rather"))]
-        denial = [self.rng.choice(("not", "never"))] if negated else []
+        negated = self.chance(0.3)
+        very = self.optional(self.chance(0.4), ("very", "really", "quite", "rather"))
+        denial = self.optional(negated, ("not", "never"))
         words = ["the", self.word("thing", thing), self.rng.choice(("is", "was")), *denial, *very]
+        kind = "good" if is_praise != negated else "bad"
         return " ".join([*words, self.word(kind, self.pick(kind))])
 
     def acceptability(self, label):
         """Return a grammatical sentence (1), or one with a single fault (0), and None."""
         self.said = {}
         event = self.event(near=True)
-        event["past"] = False  # in the past only a form of "be" would agree
+        event["tense"] = "present"  # in the past only a form of "be" would agree
         fault = None if label else self.rng.choice(FAULTS)
         # "The doctors" has no number to get wrong: use "these". Good sentences say it as often.
-        if fault == "article" or (label and self.rng.random() < 1 / 6):
-            event["agent"]["article"] = 2
-            event["patient"]["article"] = 2
+        if fault == "article" or (label and self.chance(1 / 6)):
+            event["agent"]["article"] = event["patient"]["article"] = ("this", "these")
         return self.sentence(event, fault), None
 
 
-FAULTS = ("agreement", "agreement", "article", "order", "form", "by")
+def adjuncts(event):
+    """Return the kinds of adjuncts that an event has."""
+    return [kind for kind in ADJUNCTS if event[kind] is not None]
 
 
 def participle(verb):
@@ -288,20 +237,63 @@ def participle(verb):
     return verb + ("d" if verb.endswith("e") else "ed")
 
 
+def passive(verb, tense, number, before, fault):
+    """Return the words of a passive verb. Those in `before` stand before the participle."""
+    faulty = {"form": [verb, "by"], "by": [participle(verb)]}
+    end = faulty.get(fault, [participle(verb), "by"])
+    return [BE[tense][number], *before, *end]
+
+
+def active(verb, tense, number, before, fault):
+    """Return the words of an active verb. Those in `before` stand before the verb."""
+    past = participle(verb)
+    if "not" in before:
+        return [DO[tense][number], *before, past if fault == "form" else verb]
+    main = {"present": (verb + "s", verb), "past": (past, past)}[tense][number]
+    too_much = ["is"] if fault == "form" else []
+    return [*before, *too_much, main]
+
+
 def make_task(name, train=8000, dev=1000, seed=0):
-    """Return one of TASKS. Labels are balanced; no sentence stands in both train and dev."""
+    """Return one of TASKS as a Task. Labels are balanced, and no sentence occurs twice."""
     language = Language(random.Random(f"{name} {seed}"))
-    write = getattr(language, name)
     seen = set()
     examples = []
     while len(examples) < train + dev:
         label = len(examples) % 2
-        first, second = write(label)
+        first, second = getattr(language, name)(label)
         texts = {first, second} - {None}
         if first != second and not seen & texts:
             seen |= texts
             examples.append((first, second, label))
-    split = [examples[:train], examples[train:]]
-    for part in split:
+    parts = [examples[:train], examples[train:]]
+    for part in parts:
         language.rng.shuffle(part)
-    return Task(split[0], split[1], ("0", "1"), TASKS[name])
+    return Task(*parts, ("0", "1"), TASKS[name])
+
+
+def corpus(size, seed=1):
+    """Return (text, second text or None) to train an encoder on. Most are pairs much alike."""
+    language = Language(random.Random(f"corpus {seed}"))
+    texts = []
+    for number in range(size):
+        if number % 12 == 0:
+            texts.append(language.sentiment(language.rng.randrange(2)))
+        elif number % 12 == 1:
+            texts.append((language.sentence(language.event(near=True)), None))
+        else:
+            texts.append(language.paraphrase(language.chance(0.8)))
+    return texts
+
+
+def vocabulary():
+    """Return the tokens in the order of their ids: special ones, characters, and words."""
+    words = set()
+    for kind in LEXICON:
+        for word in " ".join(sum(concepts(kind), [])).split():
+            inflected = {"person": [word + "s"], "verb": [word + "s", participle(word)]}
+            words |= {word, *inflected.get(kind, [])}
+    characters = sorted(string.ascii_lowercase + string.digits + string.punctuation)
+    endings = ["##" + character for character in characters]
+    words = sorted(words - set(characters))
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *endings, *words]
