@@ -288,4 +288,7 @@ class Split:
 
     def checksum(self):
         """Return a number that tells whether a resumed run has the data that it began with."""
-        return zlib.crc32(repr((self.labels, self.encoded)).encode())
+        total = 0
+        for encoded, label in zip(self.encoded, self.labels, strict=True):
+            total = zlib.crc32(repr((encoded, label)).encode(), total)
+        return total

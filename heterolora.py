@@ -8,7 +8,9 @@ An adapter adds a low-rank map dW to a frozen linear map W. Only its first r ran
     y = W x + dW x,    dW = scale * B[:, :r] A[:r],    scale = alpha / r_max
 
 Layer l of the encoder has four connections that can carry an adapter too: two residual connections
-R = I + dW, and two new cross-layer shortcuts S = 0 + dW. x is the layer's input, f its middle:
+R = I + dW, and two new shortcuts S = 0 + dW. x[l] is the layer's input, f[l] the output of its
+attention half. A connection is named after what it starts from, the input of attention (x) or that
+of the feed-forward part (f). The first layer has no S_ffn:
 
     f[l]   = LN1(R_attn x[l] + Attention(x[l])   + S_ffn f[l-1])
     x[l+1] = LN2(R_ffn f[l]  + FeedForward(f[l]) + S_attn x[l])
@@ -19,8 +21,9 @@ The algorithm:
     2. score      give every adapter a number from the gradients of a few batches (a proxy)
     3. allocate   buy the adapters with the best scores until the budget is spent (an allocator)
     4. switch     turn those on and all others off; what is off keeps its values
-    5. train      what is on, and the task's head
-    6. static search: steps 2-4 once, before training; dynamic search: again every 0.2 epochs
+    5. train      what is on, and the task's head, which the caller adds or unfreezes
+
+A static search does steps 2 to 4 once, before training; a dynamic one again and again during it.
 
     code                         meaning                                 official code
     ----                         -------                                 -------------
@@ -31,7 +34,7 @@ The algorithm:
     shortcut_attn, shortcut_ffn  S_attn, S_ffn                           shortcut_sa, shortcut_ffn
     rank                         how many ranks are on, 0 to r_max       disable_adapters
     score, proxy                 higher = keep                           importance
-    budget                       adapter PARAMETERS on at any moment     a count of modules
+    budget                       adapter PARAMETERS of an allocation     a count of modules
     ranks                        an allocation: {module name: rank}      alloc_modules
 """
 
@@ -56,8 +59,9 @@ class LoRA(nn.Module):
     """dW = scale * B A (Hu et al. 2021, arXiv 2106.09685). Raises ValueError for a bad rank.
 
     A (r_max, d_in) starts as U(-1/sqrt(d_in), 1/sqrt(d_in)); B (d_out, r_max) at 0, so dW does too.
-    Another kind of adapter has the same attributes and methods. Cost, scores, protection of ranks
-    that are off, saving and loading all follow from `forward` and `active`.
+    Another kind of adapter has the same constructor, `rank`, `max_rank`, `scale` and methods. All
+    its trainable parameters take part in `forward`. Cost, scores, protection of ranks that are off,
+    saving and loading follow from that. Put the class into ADAPTERS to name it on a command line.
     """
 
     def __init__(self, d_in, d_out, rank, alpha, generator=None):
@@ -72,7 +76,10 @@ class LoRA(nn.Module):
         self.scale = alpha / rank  # stays when ranks are switched, so that the others do not change
 
     def active(self, rank):
-        """Return [(parameter, slices)]: the leading block of each parameter that `rank` uses."""
+        """Return [(parameter, slices)]: the blocks of trainable parameters that `rank` uses.
+
+        A block is the leading part of its parameter; that of max_rank is the whole.
+        """
         return [(self.A, (slice(rank), slice(None))), (self.B, (slice(None), slice(rank)))]
 
     def attach(self, name, host, adapters):
@@ -98,7 +105,8 @@ class LoRALinear(nn.Module):
         self.adapter = adapter
 
     def forward(self, x):
-        y = self.host(x)  # (..., d_in) -> (..., d_out)
+        """x (..., d_in) -> y (..., d_out)"""
+        y = self.host(x)
         return y + self.adapter(x) if self.adapter.rank > 0 else y
 
     @torch.no_grad()
@@ -123,7 +131,8 @@ class LoRAShortcut(nn.Module):
         self.is_residual = is_residual
 
     def forward(self, x):
-        dW_x = self.adapter(x) if self.adapter.rank > 0 else None  # (B, T, D)
+        """x (B, T, D) -> (B, T, D), or None for nothing to add"""
+        dW_x = self.adapter(x) if self.adapter.rank > 0 else None
         if not self.is_residual:
             return dW_x
         return x if dW_x is None else x + dW_x
@@ -135,10 +144,11 @@ class LoRAShortcut(nn.Module):
 def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, adapter=LoRA):
     """Put adapters into a model, in place, and freeze everything else: the paper's search space.
 
-    targets are the last parts of the names of nn.Linear modules ("q", "v"), shortcuts those of
-    connection points: modules without parameters, as wide as model.config.hidden_size; nn.Identity
-    is a residual. Initial values depend on the seed and the module's name only. Returns
-    {module name: adapter}, all on. Raises ValueError for a name that matches nothing.
+    targets are the last parts of the names of nn.Linear modules ("q", "v"). shortcuts are those of
+    connection points: an nn.Identity, which is a residual, or a module without parameters that
+    returns None. They are as wide as model.config.hidden_size. Initial values depend on the seed,
+    the module's name and its shape. adapter is a class. Returns {module name: adapter}, all on.
+    Raises ValueError for a name that matches nothing.
     """
     modules = dict(model.named_modules())
     if any(isinstance(module, (LoRALinear, LoRAShortcut)) for module in modules.values()):
@@ -154,6 +164,8 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
                 raise ValueError(f"the model has no {last!r}; it has: {', '.join(known)}")
             chosen += matches
 
+    if shortcut_alpha is None:
+        shortcut_alpha = alpha
     model.requires_grad_(False)
     adapters = {}
     for name in sorted(chosen, key=list(modules).index):  # the model's own order
@@ -164,7 +176,7 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
             replacement = LoRALinear(host, new)
         else:
             D = model.config.hidden_size
-            new = adapter(D, D, rank, shortcut_alpha or alpha, generator)
+            new = adapter(D, D, rank, shortcut_alpha, generator)
             replacement = LoRAShortcut(new, is_residual=isinstance(host, nn.Identity))
         new.attach(name, host, adapters)
         new.to(next(model.parameters()).device)
@@ -203,7 +215,10 @@ def cost(adapters, ranks=None):
 
 
 def rank_costs(adapters):
-    """Return {module name: [parameters that its first rank costs, its second, ...]}."""
+    """Return {module name: [parameters that its first rank costs, its second, ...]}.
+
+    A module is priced alone: what it shares with others makes an allocation cheaper than the sum.
+    """
     costs = {}
     for name, adapter in adapters.items():
         totals = [cost({name: adapter}, {name: rank}) for rank in range(adapter.max_rank + 1)]
@@ -215,7 +230,7 @@ def partly_on(adapters):
     """Return {parameter: mask of what is on} for parameters of which only a part is on."""
     masks = {}
     if all(adapter.rank in (0, adapter.max_rank) for adapter in adapters.values()):
-        return masks  # soon told, in every step of a search by whole modules
+        return masks  # whole modules have no parameter that is partly on
     for adapter in adapters.values():
         for parameter, slices in adapter.active(adapter.rank):
             mask = masks.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))
@@ -239,10 +254,10 @@ def hold_off_ranks(adapters):
 
 # ------------------------------------------------------------------------------------- proxies
 
-# For one adapted map y(x), let d = dL/dy. Then x and d tell every gradient that a score can want:
-# that of the full matrix, G = dL/dW = d^T x, and that of the adapter's own parameters, by autograd
-# through the adapter alone. This holds for modules that are off as for those that are on, and in
-# any backward pass: scores can be read off training steps.
+# For one adapted map y(x), let d = dL/dy. Two gradients follow from x and d: that of the full
+# matrix, G = dL/dW = d^T x, and that of the adapter's own parameters, by autograd through the
+# adapter alone. This works for modules that are on or off, and in any backward pass, so that scores
+# can be read off training steps.
 
 
 def adapter_gradients(adapter, x, d):
@@ -261,21 +276,24 @@ def adapter_gradients(adapter, x, d):
 def recording(model, measure, sums):
     """Add measure(adapter, x, d), a list of tensors, to sums[adapter] in every backward pass.
 
-    Gives the list of the recorded outputs y. The model computes what it would without this.
+    Gives the list of the recorded outputs y. The model's outputs and gradients stay the same.
     """
     outputs = []
 
     def watch(module, inputs, y):
+        """Keep an adapted map's input, and ask for the gradient of its output."""
         if not torch.is_grad_enabled():
             raise RuntimeError("an adapted module runs without gradients: is it checkpointed?")
         x = inputs[0].detach()
         version = x._version
-        if y is None:
+        if y is None:  # a shortcut that is off: zeros change no sum, and have a gradient
             y = torch.zeros_like(x)
-        # The output needs a gradient of its own. A residual's y may be x, which others use too.
+        # The output needs a gradient of its own. A residual's y may be x, which others use too: a
+        # view is a new node of the graph. A y without gradient becomes a leaf that has one.
         y = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
 
         def keep(d):
+            """Measure, once d = dL/dy is there."""
             if x._version != version:
                 raise RuntimeError("the input of an adapted module was changed in place: no score")
             values = measure(module.adapter, x, d)
@@ -311,13 +329,14 @@ PROXIES = {}  # name -> function, see `proxy`
 
 
 def proxy(name, measure=adapter_gradients):
-    """Register a score: a number (higher = keep), or a list with one for each rank.
+    """Register a function that scores modules: a number, higher = keep, or one for each rank.
 
-    @proxy("mine") def mine(adapter, *gradients): their means over the batches, for each parameter
-    @proxy("mine", measure) def mine(adapter, *means): means of the list measure(adapter, x, d)
-    @proxy("mine", None) def mine(model, adapters, batches, loss_fn): {name: score}, its own passes
-
-    Raises ValueError if the name is taken. The third form cannot be read off training steps.
+    @proxy("mine") def mine(adapter, *gradients) gets a tensor for each trainable parameter of the
+    adapter, in the order of adapter.parameters(): the gradient's mean over the batches.
+    @proxy("mine", measure) def mine(adapter, *means) gets the means of the tensors in the list that
+    measure(adapter, x, d) returns. Both can be read off training steps.
+    @proxy("mine", None) def mine(model, adapters, batches, loss_fn) makes passes of its own, and
+    returns {name: score}. Raises ValueError if the name is taken.
     """
 
     return _register(PROXIES, name, measure=measure)
@@ -364,6 +383,7 @@ def synflow(model, adapters, batches, loss_fn):
         parameter.data.abs_()
 
     def flow(twin, batch):
+        """Return R, the sum of the first example's logits."""
         with _Linearised():
             return loss_fn(twin, batch)
 
@@ -371,7 +391,11 @@ def synflow(model, adapters, batches, loss_fn):
 
 
 class _Linearised(TorchFunctionMode):
-    """Replace functions by linear ones, and the loss by the sum of the first example's logits."""
+    """Replace functions by linear ones, and the loss by the sum of the first example's logits.
+
+    It knows the functions of BERT-like encoders, as torch calls them: norms have gain and bias,
+    softmax is over the last dimension. All embedding tables, also of positions, give ones.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -379,7 +403,7 @@ class _Linearised(TorchFunctionMode):
         if name == "embedding":
             ids, table = args[:2]
             return table.new_ones(*ids.shape, table.shape[1])
-        if name == "layer_norm":  # the gain and the bias, without the normalisation
+        if name == "layer_norm":  # gain and bias, which torch hands on as keywords
             return args[0] * kwargs["weight"] + kwargs["bias"]
         if name == "scaled_dot_product_attention":  # uniform: the mean of the values
             v = args[2]
@@ -413,8 +437,8 @@ def allocator(name):
 def greedy(scores, costs, budget, generator):
     """Take whole modules, best score first, while they fit, going on past one that does not.
 
-    The paper's rule. Equal scores come in random order. A list of scores counts as its sum. The
-    official code counts modules; this counts parameters.
+    The paper's ranking, with a budget of parameters where the official code counts modules. Equal
+    scores come in random order. A list of scores counts as its sum.
     """
     totals = {name: float(torch.tensor(score).sum()) for name, score in scores.items()}
     if not any(totals.values()):
@@ -437,6 +461,18 @@ def greedy(scores, costs, budget, generator):
 # ---------------------------------------------------------------------------------- the search
 
 
+@contextlib.contextmanager
+def _in_eval_mode(model):
+    was_training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, training in was_training:
+            module.training = training
+
+
 class HeteroLoRA:
     """The paper's search: `reallocate` once before training (static), or again and again (dynamic).
 
@@ -455,34 +491,44 @@ class HeteroLoRA:
         self.allocator = allocator
         self.generator = torch.Generator().manual_seed(seed)
         self.history = []
-        self.highest_ranks = dict.fromkeys(adapters, 0)  # that each module ever had
-        self.sums = {}  # what has been recorded since the last score
-        self.batches = 0
+        self.highest_ranks = dict.fromkeys(adapters, 0)  # that an allocation ever gave each module
+        self.recorded = {}  # sums over the training steps that were recorded since the last score
+        self.recorded_steps = 0
 
     def record(self):
-        """Record a training step, `with search.record(): loss.backward()`, for score(None)."""
-        self.batches += 1
-        return recording(self.model, PROXIES[self.proxy].measure, self.sums)
+        """Record a training step for score(None): `with search.record(): loss.backward()`.
+
+        Forward and backward pass stand inside. Raises ValueError if the proxy makes its own passes.
+        """
+        measure = PROXIES[self.proxy].measure
+        if measure is None:
+            raise ValueError(f"{self.proxy} makes passes of its own: give batches to `score`")
+        self.recorded_steps += 1
+        return recording(self.model, measure, self.recorded)
 
     def score(self, batches=None):
-        """Score on these batches, or on the recorded training steps -> {module name: score}
+        """Score on a list of batches, without dropout -> {module name: score}
 
-        Leaves the model as it was. Raises FloatingPointError if a score is not finite.
+        Without batches: score what has been recorded in training steps, and forget it. Leaves the
+        model as it was. Raises FloatingPointError if a score is not finite, ValueError if there is
+        nothing to score.
         """
         function = PROXIES[self.proxy]
-        was_training = [(module, module.training) for module in self.model.modules()]
-        with torch.random.fork_rng():
-            self.model.eval()
-            if function.measure is None:
+        if batches is None:
+            scores = self._means_to_scores(self.recorded, self.recorded_steps)
+            self.recorded = {}
+            self.recorded_steps = 0
+        elif function.measure is None:
+            with _in_eval_mode(self.model):
                 scores = function(self.model, self.adapters, batches, self.loss_fn)
-            else:
-                for batch in batches or []:
-                    with self.record() as outputs:
+        else:
+            sums = {}
+            with _in_eval_mode(self.model):
+                for batch in batches:
+                    with recording(self.model, function.measure, sums) as outputs:
                         loss = self.loss_fn(self.model, batch)
                         torch.autograd.grad(loss, outputs, allow_unused=True)
-                scores = self._score_recorded(function)
-        for module, training in was_training:
-            module.training = training
+            scores = self._means_to_scores(sums, len(batches))
         for name, score in scores.items():
             scores[name] = torch.as_tensor(score, dtype=torch.double).tolist()
             if not torch.as_tensor(scores[name]).isfinite().all():
@@ -490,14 +536,14 @@ class HeteroLoRA:
         return scores
 
     @torch.no_grad()
-    def _score_recorded(self, function):
+    def _means_to_scores(self, sums, steps):
+        if steps == 0:
+            raise ValueError("nothing to score: give batches, or record training steps first")
         scores = dict.fromkeys(self.adapters, 0.0)  # stays for what the loss does not depend on
         for name, adapter in self.adapters.items():
-            if adapter in self.sums:
-                means = [total / self.batches for total in self.sums[adapter]]
-                scores[name] = function(adapter, *means)
-        self.sums = {}
-        self.batches = 0
+            if adapter in sums:
+                means = [total / steps for total in sums[adapter]]
+                scores[name] = PROXIES[self.proxy](adapter, *means)
         return scores
 
     def allocate(self, scores):

@@ -70,6 +70,8 @@ class EncoderConfig:
             lowest = 1 if field.type is int and field.name != "pad_token_id" else 0
             if field.type is not str and value < lowest:
                 raise ValueError(f"{field.name} {value}: want at least {lowest}")
+            if field.type is float and value >= 1:
+                raise ValueError(f"{field.name} {value}: want less than 1")
         if self.model_type not in ("bert", "roberta"):
             raise ValueError(f"model_type {self.model_type!r}: bert and roberta are supported")
         if self.hidden_act not in ACTIVATIONS:
@@ -85,6 +87,7 @@ class Nothing(nn.Module):
     """A connection that is not there: it adds nothing to a sum and costs nothing."""
 
     def forward(self, x):
+        """x (B, T, D) -> None"""
         return None
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -192,6 +193,7 @@ def test_initial_values_depend_on_the_seed_and_the_name_only():
     torch.manual_seed(0)
     other = inject(Encoder(SMALL), ["v"], [], 4, 8.0, seed=1)
     assert torch.equal(few["layers.1.v"].A, many["layers.1.v"].A)
+    assert not torch.equal(few["layers.1.v"].A, few["layers.2.v"].A)
     assert not torch.equal(few["layers.1.v"].A, other["layers.1.v"].A)
 
 
@@ -344,6 +346,45 @@ def test_scores_read_off_training_steps_are_those_of_extra_passes():
     assert search.score() == pytest.approx(search.score(batches), rel=1e-5)
 
 
+def test_scoring_batches_and_recorded_steps_do_not_mix():
+    model, adapters = make_model()
+    search = HeteroLoRA(model, adapters, 0, loss_fn)
+    first, second = make_batches()
+    with search.record():
+        loss_fn(model, first).backward()
+    assert search.score([second]) == score(model, adapters, [second], "grad-norm")
+    assert search.score() == pytest.approx(score(model, adapters, [first], "grad-norm"))
+    with pytest.raises(ValueError, match="nothing to score"):
+        search.score()
+
+
+def test_a_proxy_with_passes_of_its_own_cannot_be_recorded():
+    model, adapters = make_model()
+    with pytest.raises(ValueError, match="passes of its own"):
+        HeteroLoRA(model, adapters, 0, loss_fn, "synflow").record()
+
+
+def test_scoring_is_without_dropout():
+    model, adapters = make_model()
+    batches = make_batches()
+    expected = score(model, adapters, batches, "grad-norm")
+    model.train()
+    assert score(model, adapters, batches, "grad-norm") == expected
+
+
+def test_a_proxy_may_draw_random_numbers(monkeypatch):
+    monkeypatch.setattr(heterolora, "PROXIES", dict(heterolora.PROXIES))
+
+    @heterolora.proxy("lottery", None)
+    def lottery(model, adapters, batches, loss_fn):
+        return {name: torch.rand(()) for name in adapters}
+
+    model, adapters = make_model()
+    before = torch.get_rng_state()
+    score(model, adapters, make_batches(), "lottery")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_recording_changes_no_gradient_of_a_training_step():
     model, adapters = make_model()
     set_ranks(adapters, {"layers.0.v": 4, "layers.1.fc1": 2, "layers.2.shortcut_ffn": 4})
@@ -456,6 +497,33 @@ def test_synflow_takes_every_activation_for_linear(activation):
         assert scores == pytest.approx(expected)
     else:
         assert scores == expected
+
+
+def test_synflow_takes_quick_gelu_and_softmax_for_linear():
+    class Squashed(nn.Module):
+        def __init__(self, is_linear):
+            super().__init__()
+            self.table = nn.Embedding(5, 4)
+            self.first = nn.Linear(4, 4, bias=False)
+            self.last = nn.Linear(4, 2)
+            self.is_linear = is_linear
+
+        def forward(self, ids):
+            x = 0.01 * self.first(self.table(ids))  # small: far from where sigmoid is 1
+            if self.is_linear:
+                return self.last(x * (1 / 4))
+            return self.last(x * torch.sigmoid(1.702 * x) * x.softmax(-1).detach())
+
+    scores = []
+    for is_linear in (True, False):
+        torch.manual_seed(0)
+        model = Squashed(is_linear)
+        adapters = inject(model, ["first", "last"], [], rank=2, alpha=3)
+        for adapter in adapters.values():
+            nn.init.normal_(adapter.B)
+        batch = (torch.tensor([1, 2]),), torch.tensor([0, 1])
+        scores.append(score(model, adapters, [batch], "synflow"))
+    assert scores[0] == pytest.approx(scores[1])
 
 
 @pytest.mark.parametrize("proxy", sorted(heterolora.PROXIES))
@@ -635,6 +703,17 @@ def test_roberta_counts_positions_from_after_its_padding():
     assert encoder.max_length == 12 - 2
 
 
+def test_dropout_follows_the_embeddings_and_both_halves_of_every_layer():
+    encoder = Encoder(SMALL)
+    dropped = []
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda *_: dropped.append(1))
+    ids = torch.ones(1, 5, dtype=torch.long)
+    encoder(ids, ids)
+    assert len(dropped) == 1 + 2 * 3
+
+
 def test_a_sequence_longer_than_the_positions_is_refused():
     ids = torch.ones(1, 13, dtype=torch.long)
     with pytest.raises(ValueError, match="13 tokens, but the encoder has positions for 12"):
@@ -748,7 +827,17 @@ def test_held_out_texts_do_not_stand_in_the_training_part():
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("25%", 250), ("0.25", 250), ("1", 1000), ("100%", 1000), ("2", 2), ("1,000", 1000), ("0", 0)],
+    [
+        ("25%", 250),
+        ("0.25", 250),
+        ("1", 1),
+        ("1.0", 1000),
+        ("100%", 1000),
+        ("2", 2),
+        ("1,000", 1000),
+        ("0", 0),
+        ("33.38%", 333),
+    ],
 )
 def test_a_budget_is_a_share_or_a_number_of_parameters(text, expected):
     assert train.parse_budget(text, 1000) == expected
@@ -792,6 +881,36 @@ def test_bad_input_is_refused_in_one_line_with_exit_status_2(capsys, flags, mess
 def test_a_wrong_flag_is_refused_by_the_parser(flags):
     with pytest.raises(SystemExit, match="2"):
         train.main(flags)
+
+
+def test_an_update_of_the_training_loop_leaves_ranks_that_are_off():
+    args = train.parse_args(["--method", "static", "--lr", "0.1"])
+    model, adapters = make_model()
+    set_ranks(adapters, {name: 2 for name in adapters})
+    before = {name: adapter.A[2:].clone() for name, adapter in adapters.items()}
+    optimizer, schedule = train.make_optimizer(args, model, adapters, 10)
+    for batch in make_batches(3):
+        loss_fn(model, batch).backward()
+        train.update(model, adapters, optimizer, schedule)
+    assert all(torch.equal(adapters[name].A[2:], before[name]) for name in adapters)
+
+
+def copy_builtin(folder, **changes):
+    """Copy the built-in checkpoint, with other fields in its config."""
+    shutil.copytree(ROOT / "builtin", folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_dropout_is_the_same_for_the_same_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    model = copy_builtin(tmp_path / "model", hidden_dropout_prob=0.5)
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        flags = ["--method", "lora", "--model", model, "--seed", seed]
+        assert run(*flags, out=tmp_path / name) == 0
+    assert read_losses(tmp_path / "a") == read_losses(tmp_path / "b")
+    assert read_losses(tmp_path / "a") != read_losses(tmp_path / "c")
 
 
 def read_losses(folder):
@@ -862,6 +981,45 @@ def test_the_learning_rate_rises_and_falls():
     assert schedule.get_last_lr()[0] == 0
 
 
+@pytest.mark.parametrize("file", ["result.json", "state.pt", "log.jsonl"])
+def test_a_new_run_does_not_take_files_that_lie_in_its_folder_for_its_own(tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    assert run("--method", "head", out=tmp_path) == 2
+
+
+def test_a_run_that_broke_off_before_its_first_state_begins_anew(tmp_path, monkeypatch):
+    import extras.runs
+
+    def fail(self, state):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extras.runs.Run, "save", fail)
+        assert run(out=tmp_path / "a") == 1
+    assert train.main(["--resume", str(tmp_path / "a")]) == 0
+    lines = (tmp_path / "a" / "history.jsonl").read_text().splitlines()
+    assert sum("modules" in json.loads(line) for line in lines) == 1
+
+
+def test_a_run_follows_its_checkpoint_to_another_folder(tmp_path):
+    flags = ["--method", "head", "--model", copy_builtin(tmp_path / "old")]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(*flags, out=tmp_path / "a") == 130
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert train.main(["--resume", str(tmp_path / "a"), "--model", str(tmp_path / "new")]) == 0
+    assert train.load_run(tmp_path / "a").labels == ["0", "1"]
+
+
+def test_what_recording_adds_counts_as_search_and_not_as_training():
+    import extras.runs
+
+    progress = train.Progress()
+    progress.count(1, 0.5, ((torch.zeros(2, 50),), torch.zeros(2)), 1.0, False)
+    progress.count(2, 0.5, ((torch.zeros(2, 100),), torch.zeros(2)), 2.6, True)
+    assert extras.runs.extra_seconds(progress) == pytest.approx(0.6)
+
+
 def stop_after(monkeypatch, steps):
     """Ask for a stop in the given step, as Ctrl-C does."""
     import extras.state
@@ -877,22 +1035,31 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(train, "update", update)
 
 
+def run_whole_and_cut(tmp_path, monkeypatch, flags):
+    """Run the same flags in one go, and interrupted and resumed -> what both have learned"""
+    assert run(*flags, out=tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert run(*flags, out=tmp_path / "cut") == 130
+    with open(tmp_path / "cut" / "log.jsonl", "a") as file:
+        file.write('{"loss": 0.1}\n')  # what a step after the saved one has logged
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+    return [torch.load(tmp_path / name / "adapters.pt") for name in ("whole", "cut")]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         ["--realloc-every", "0.7"],
+        ["--realloc-every", "0.7", "--proxy", "constant"],
         ["--realloc-every", "1", "--proxy", "spectral", "--allocator", "greedy-ranks"],
         ["--method", "full"],
     ],
 )
 def test_an_interrupted_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, flags):
-    flags = [*flags, "--max-steps", "8"]
-    assert run(*flags, out=tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 5)
-        assert run(*flags, out=tmp_path / "cut") == 130
-    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
-    whole, cut = (torch.load(tmp_path / name / "adapters.pt") for name in ("whole", "cut"))
+    model = copy_builtin(tmp_path / "model", hidden_dropout_prob=0.1)
+    flags = [*flags, "--max-steps", "8", "--model", model, "--batch-size", "32"]
+    whole, cut = run_whole_and_cut(tmp_path, monkeypatch, flags)
     assert whole["ranks"] == cut["ranks"]
     torch.testing.assert_close(whole["adapters"], cut["adapters"], rtol=0, atol=0)
     torch.testing.assert_close(whole["head"], cut["head"], rtol=0, atol=0)
@@ -922,10 +1089,11 @@ def test_a_loaded_run_gives_the_same_figures(tmp_path, precision):
 
 
 def test_a_run_is_not_put_on_other_weights(tmp_path):
-    assert run("--method", "head", out=tmp_path / "a") == 0
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
-    config["checkpoint"] += 1
-    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    model = copy_builtin(tmp_path / "model")
+    assert run("--method", "head", "--model", model, out=tmp_path / "a") == 0
+    weights = bytearray((tmp_path / "model" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # one bit of the last tensor
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights)
     with pytest.raises(InputError, match="other weights"):
         train.load_run(str(tmp_path / "a"))
 
@@ -968,12 +1136,7 @@ def test_another_kind_with_shared_parameters_is_counted_searched_saved_and_resum
     adapters = inject(encoder, ["q", "v"], [], 4, 8.0, adapter=Tied)
     assert heterolora.cost(adapters) == 4 * (16 + 16) + 6 * 16  # A and B once, six gains
     flags = ["--adapter", "tied", "--shortcuts", "none", "--budget", "2500", "--max-steps", "8"]
-    assert run(*flags, out=tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 5)
-        assert run(*flags, out=tmp_path / "cut") == 130
-    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
-    whole, cut = (torch.load(tmp_path / name / "adapters.pt") for name in ("whole", "cut"))
+    whole, cut = run_whole_and_cut(tmp_path, monkeypatch, flags)
     torch.testing.assert_close(whole["adapters"], cut["adapters"], rtol=0, atol=0)
     result = json.loads((tmp_path / "cut" / "result.json").read_text())
     assert 0 < result["params_active"] <= 2500

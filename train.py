@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -37,7 +38,9 @@ WEIGHT_DECAY = 0.01  # on matrices
 LR_WARMUP = 0.06  # share of the steps in which the learning rate rises; then it falls to 0
 CLIP = 1.0  # largest norm of the gradient
 WARMUP_RANK = 1  # of every module in a joint warm-up
+HEAD_WARMUP_BATCHES = 32  # that the head is trained on, again and again
 LOG_EVERY = 50  # steps
+SAVE_EVERY = 500  # steps; also at the end of every epoch
 
 
 # --------------------------------------------------------------------------------------- flags
@@ -128,23 +131,22 @@ def parse_args(argv=None):
 
 
 def parse_budget(text, most):
-    """Turn "25%", "0.25" or "12,000" into parameters; `most` are all that there are.
+    """Turn "25%" or "0.25", shares of `most`, or "12,000" into parameters. Raises InputError.
 
-    Raises InputError. A comma is allowed between thousands only.
+    A whole number counts parameters, also 1; a comma is allowed between thousands only.
     """
     error = InputError(f"budget {text!r}: want 25% or 0.25, or a number up to {most:,} parameters")
-    if not re.fullmatch(r"\d+%?|\d*\.\d+%?|\d{1,3}(,\d{3})+", text):
+    if re.fullmatch(r"\d+|\d{1,3}(,\d{3})+", text):
+        budget = int(text.replace(",", ""))
+    elif re.fullmatch(r"\d+(\.\d+)?%", text):
+        budget = math.floor(float(text[:-1]) / 100 * most + 1e-6)
+    elif re.fullmatch(r"\d*\.\d+", text):
+        budget = math.floor(float(text) * most + 1e-6)
+    else:
         raise error
-    value = float(text.rstrip("%").replace(",", ""))
-    if text.endswith("%"):
-        value = value / 100
-    elif value > 1:  # parameters
-        if value > most or value != int(value):
-            raise error
-        return int(value)
-    if value > 1:
+    if budget > most:
         raise error
-    return math.floor(value * most + 1e-6)
+    return budget
 
 
 # ----------------------------------------------------------------------------------- the parts
@@ -155,6 +157,15 @@ def generator(seed, purpose):
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
 
 
+def read_task(args):
+    """Return the task with the training and dev examples that the flags ask for."""
+    task = data.load_task(args.task, args.data_dir)
+    if args.train_limit:
+        order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
+        task.train = [task.train[i] for i in order[: args.train_limit].sort().values]
+    return data.hold_out(task, args.holdout) if args.holdout else task
+
+
 def prepare(args):
     """Load everything and fill in the defaults -> task, tokenizer, model, adapters
 
@@ -163,18 +174,12 @@ def prepare(args):
     is_built_in = args.model == "built-in"
     is_full = args.method == "full"
     if is_built_in and args.task in data.GLUE:
-        raise InputError(
-            f"task {args.task} needs --model: the built-in encoder is for its own tasks"
-        )
+        raise InputError(f"task {args.task} needs --model: a checkpoint folder or a hub id")
     if is_full and args.precision == "bfloat16":
         raise InputError("--precision bfloat16 is of frozen weights, and --method full has none")
-    task = data.load_task(args.task, args.data_dir)
-    if args.train_limit:
-        order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
-        task.train = [task.train[i] for i in order[: args.train_limit].sort().values]
-    if args.holdout:
-        task = data.hold_out(task, args.holdout)
-
+    if args.data_dir:
+        args.data_dir = os.path.abspath(args.data_dir)
+    task = read_task(args)
     tokenizer, model, adapters = build(args, len(task.labels))
     device = find_device(args.device)
     bfloat16 = not is_full and has_fast_bfloat16(device)
@@ -184,10 +189,15 @@ def prepare(args):
     if is_full:
         args.lr = args.lr or (3e-4 if is_built_in else 5e-5)
     args.lr = args.lr or (2e-3 if is_built_in else 1e-3)
+    round_frozen(model, args.precision)
+    return task, tokenizer, model.to(device), adapters
+
+
+def round_frozen(model, precision):
+    """Store the frozen weights of the encoder in a precision, which also computes with them."""
     for parameter in model.encoder.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPES[args.precision])
-    return task, tokenizer, model.to(device), adapters
+            parameter.data = parameter.data.to(DTYPES[precision])
 
 
 def build(args, num_labels):
@@ -227,6 +237,8 @@ def build(args, num_labels):
     if not adapters:
         raise InputError("the search space is empty: give --targets or --shortcuts")
     default = "100%" if args.method == "lora" else "25%"
+    if isinstance(args.budget, int):  # from extras.compare: the same for search spaces of any size
+        args.budget = str(min(args.budget, size(adapters)))
     args.budget = str(parse_budget(args.budget or default, size(adapters)))
     return tokenizer, model, adapters
 
@@ -263,6 +275,7 @@ def loss_fn(model, batch):
 @torch.inference_mode()
 def evaluate(model, split, metric):
     """Evaluate on all examples of a split, without dropout -> {metric: value, ..., "loss": mean}"""
+    was_training = model.training
     model.eval()
     predictions = [0] * len(split.labels)
     loss = 0.0
@@ -272,7 +285,7 @@ def evaluate(model, split, metric):
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         for i, prediction in zip(indices, logits.argmax(1).tolist(), strict=True):
             predictions[i] = prediction
-    model.train()
+    model.train(was_training)
     loss /= len(split.labels)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss on the dev set is {loss}")
@@ -293,7 +306,7 @@ def make_optimizer(args, model, adapters, total):
     def factor(step):
         return min(1, (step + 1) / max(warm, 1), (total - step) / max(total - warm, 1))
 
-    if args.method == "dynamic" and args.allocator != "greedy":  # which buys modules whole
+    if args.method == "dynamic" and args.allocator != "greedy":  # it may buy some ranks of a module
         from extras.rank_adamw import RankAdamW
 
         optimizer = RankAdamW(groups, adapters)
@@ -330,7 +343,9 @@ def first_allocation(args, model, adapters, search, train_set):
             loss_fn(model, batch).backward()
             update(model, adapters, optimizer, schedule)
     elif args.head_warmup:
-        batches = train_set.sample(min(args.head_warmup, 32), args.batch_size, draws)
+        batches = train_set.sample(
+            min(args.head_warmup, HEAD_WARMUP_BATCHES), args.batch_size, draws
+        )
         train_head(args, model, batches)
     probing = generator(args.seed, "first probing")
     entry = search.reallocate(train_set.sample(args.probe_batches, args.batch_size, probing))
@@ -354,6 +369,16 @@ def train_head(args, model, batches):
         optimizer.step()
 
 
+def plain_lora(adapters, allocator, budget):
+    """Return the ranks of the baseline: the same everywhere, or by layers. Shortcuts stay off."""
+    rule = allocator if allocator.endswith("-layers") else "uniform"
+    costs = {}
+    for name, prices in heterolora.rank_costs(adapters).items():
+        if name.split(".")[-1] not in heterolora.SHORTCUTS:
+            costs[name] = prices
+    return heterolora.ALLOCATORS[rule]({}, costs, budget, None)
+
+
 # ------------------------------------------------------------------------------------- the run
 
 
@@ -365,10 +390,24 @@ class Progress:
     queue: list = dataclasses.field(default_factory=list)  # batches left of this epoch
     loss: float = 0.0  # sum since the last log line
     samples: int = 0
-    tokens: int = 0
-    train_seconds: float = 0.0
-    search_seconds: float = 0.0
+    tokens: int = 0  # padding included
+    step_seconds: float = 0.0
+    recorded_tokens: int = 0  # the same of the steps that were recorded for a score
+    recorded_seconds: float = 0.0
+    search_seconds: float = 0.0  # of scoring and allocating
     evaluations: list = dataclasses.field(default_factory=list)
+
+    def count(self, step, loss, batch, seconds, is_recorded):
+        """Count a step that has been made."""
+        (input_ids, *_), labels = batch
+        self.step = step
+        self.loss += loss
+        self.samples += len(labels)
+        self.tokens += input_ids.numel()
+        self.step_seconds += seconds
+        if is_recorded:
+            self.recorded_tokens += input_ids.numel()
+            self.recorded_seconds += seconds
 
 
 def train(args):
@@ -385,115 +424,119 @@ def train(args):
         return run.result()
     task, tokenizer, model, adapters = prepare(args)
     device = model.head[0].weight.device
-    if device.type == "cpu":
-        fast_cpu.accelerate(model)  # the same results to rounding, sooner
     run.begin(args, model)
+    if device.type == "cpu":  # the same results to rounding, sooner
+        run.log(f"cpu     faster {fast_cpu.accelerate(model)}")
     train_set = data.Split(task.train, tokenizer, args.max_length, device)
     dev_set = data.Split(task.dev, tokenizer, args.max_length, device)
-    steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
-    total = min(math.ceil(args.epochs * steps_per_epoch), args.max_steps or math.inf)
-    realloc_every = max(1, round(args.realloc_every * steps_per_epoch))
     budget = int(args.budget or 0)
     run.log(f"data    {args.task}: {len(train_set.labels):,} train, {len(dev_set.labels):,} dev")
     run.log(f"model   {len(adapters)} modules, {size(adapters):,} parameters, budget {budget:,}")
 
+    steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
+    total = min(math.ceil(args.epochs * steps_per_epoch - 1e-6), args.max_steps or math.inf)
     optimizer, schedule = make_optimizer(args, model, adapters, total)
-    data_order = generator(args.seed, "data order")
-    probing = generator(args.seed, "probing")
-    progress = Progress()
     search = None
-    is_search = args.method in ("static", "dynamic")
-    is_inline = args.method == "dynamic" and heterolora.PROXIES[args.proxy].measure is not None
-    if is_search:
+    if args.method in ("static", "dynamic"):
         search = heterolora.HeteroLoRA(
             model, adapters, budget, loss_fn, args.proxy, args.allocator, args.seed
         )
-    if is_inline and realloc_every < args.probe_batches:
-        run.log(
-            f"note    scores see {realloc_every} batches: there are no more between allocations"
-        )
-    state = State(progress, model, adapters, optimizer, schedule, search, data_order, probing)
-    if run.has_state():
-        run.load(state, train_set.checksum())
-    elif search:
-        start = time.perf_counter()
-        entry = first_allocation(args, model, adapters, search, train_set)
-        progress.search_seconds += time.perf_counter() - start
-        run.log_allocation(search, entry)
-    elif adapters:  # plain LoRA; shortcuts are part of the search space, and stay off
-        rule = args.allocator if args.allocator.endswith("-layers") else "uniform"
-        costs = heterolora.rank_costs(adapters)
-        costs = {n: c for n, c in costs.items() if n.split(".")[-1] not in heterolora.SHORTCUTS}
-        heterolora.set_ranks(adapters, heterolora.ALLOCATORS[rule]({}, costs, budget, None))
-    run.log_grid(adapters)
+    data_order = generator(args.seed, "data order")
+    probing = generator(args.seed, "probing")
+    progress = Progress()
+    state = State(
+        progress, device, model, adapters, optimizer, schedule, search, data_order, probing
+    )
+    run.data_checksum = [train_set.checksum(), dev_set.checksum()]
 
-    model.train()
-    if progress.step == 0:
-        torch.manual_seed(args.seed)  # dropout
-        run.save(state, train_set.checksum())
-    with StopSignal() as stop:
-        for step in range(progress.step + 1, total + 1):
-            # Allocate anew, if it is time.
-            since = (step - 1) % realloc_every  # steps since the last allocation
-            if args.method == "dynamic" and since == 0 and step > 1:
-                start = time.perf_counter()
-                batches = None  # score what has been recorded
-                if not is_inline:
-                    batches = train_set.sample(args.probe_batches, args.batch_size, probing)
-                entry = search.reallocate(batches, step - 1)
-                progress.search_seconds += time.perf_counter() - start
-                run.log_allocation(search, entry)
-
-            # Record the last steps before an allocation, if there is to be one.
-            left = realloc_every - since
-            is_recorded = is_inline and left <= args.probe_batches and step + left <= total
-
-            # Train.
+    with StopSignal() as stop:  # Ctrl-C lets the first allocation or a step end, and is saved then
+        if run.has_state():
+            run.load(state)
+        elif search:
             start = time.perf_counter()
-            progress.queue = progress.queue or data.batches(
-                train_set.lengths, args.batch_size, data_order
-            )
-            batch = train_set[progress.queue.pop(0)]
-            with search.record() if is_recorded else contextlib.nullcontext():
-                loss = loss_fn(model, batch)
-                loss.backward()
-            update(model, adapters, optimizer, schedule)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} at step {step}: try a lower --lr")
-            progress.step = step
-            progress.loss += value
-            progress.samples += len(batch[1])
-            progress.train_seconds += time.perf_counter() - start
-
-            # Log, evaluate, save.
-            if step % LOG_EVERY == 0 or step == total:
-                run.log_step(progress, total, (step - 1) % LOG_EVERY + 1)
-            if step % steps_per_epoch == 0 or step == total:
-                progress.evaluations.append(evaluate(model, dev_set, task.metric))
-                run.log_evaluation(progress, total)
-            if step % steps_per_epoch == 0 or stop.requested:
-                run.save(state, train_set.checksum())
-            if stop.requested and step < total:
-                raise KeyboardInterrupt(f"after step {step} of {total}")
-
+            entry = first_allocation(args, model, adapters, search, train_set)
+            progress.search_seconds += time.perf_counter() - start
+            run.log_allocation(search, entry)
+        elif adapters:
+            heterolora.set_ranks(adapters, plain_lora(adapters, args.allocator, budget))
+            run.log(f"lora    {heterolora.cost(adapters):,} parameters are on")
+        run.log_grid(adapters)
+        model.train()
+        if progress.step == 0:
+            torch.manual_seed(args.seed)  # dropout
+            run.save(state)
+        fit(args, run, state, total, steps_per_epoch, train_set, dev_set, task.metric, stop)
     result = runs.summarise(args, model, adapters, search, progress, device)
     run.finish(result, task, model, adapters)
     return result
 
 
+def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, stop):
+    """Train from the state's step to the last one, `total`. Every name is explained in `train`."""
+    model, adapters, search = state.model, state.adapters, state.search
+    progress = state.progress
+    realloc_every = max(1, round(args.realloc_every * steps_per_epoch))
+    is_dynamic = args.method == "dynamic"
+    is_inline = is_dynamic and heterolora.PROXIES[args.proxy].measure is not None
+    if is_inline and realloc_every < args.probe_batches:
+        run.log(f"note    a score sees {realloc_every} batches: all between two allocations")
+
+    for step in range(progress.step + 1, total + 1):
+        # Allocate anew, if it is time: score what has been recorded, or make passes for it.
+        since = (step - 1) % realloc_every  # steps since the last allocation
+        if is_dynamic and since == 0 and step > 1:
+            start = time.perf_counter()
+            batches = None
+            if not is_inline:
+                batches = train_set.sample(args.probe_batches, args.batch_size, state.probing)
+            entry = search.reallocate(batches, step - 1)
+            progress.search_seconds += time.perf_counter() - start
+            run.log_allocation(search, entry)
+
+        # Train. Record the last steps before an allocation, if there is to be one.
+        left = realloc_every - since
+        is_recorded = is_inline and left <= args.probe_batches and step + left <= total
+        start = time.perf_counter()
+        if not progress.queue:
+            progress.queue = data.batches(train_set.lengths, args.batch_size, state.data_order)
+        batch = train_set[progress.queue.pop(0)]
+        with search.record() if is_recorded else contextlib.nullcontext():
+            loss = loss_fn(model, batch)
+            loss.backward()
+        update(model, adapters, state.optimizer, state.schedule)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} at step {step}: try a lower --lr")
+        progress.count(step, value, batch, time.perf_counter() - start, is_recorded)
+
+        # Log, evaluate, save.
+        is_epoch_end = step % steps_per_epoch == 0
+        if step % LOG_EVERY == 0 or step == total:
+            run.log_step(progress, total, (step - 1) % LOG_EVERY + 1)
+            progress.loss = 0.0
+        if is_epoch_end or step == total:
+            progress.evaluations.append(evaluate(model, dev_set, metric))
+            run.log_evaluation(progress, total)
+        if is_epoch_end or step % SAVE_EVERY == 0 or stop.requested:
+            run.save(state)
+        if stop.requested and step < total:
+            raise KeyboardInterrupt(f"after step {step} of {total}")
+
+
 def load_run(folder, model=None):
     """Load a finished run -> Classifier in eval mode, with adapters, tokenizer, labels and texts
 
-    model: its checkpoint, if that has moved. Raises InputError.
+    It is on the CPU, with frozen weights in float32. model: its checkpoint, if that has moved.
+    Raises InputError.
     """
     from extras.state import put_learned, read_learned
 
-    args = parse_args(["--resume", folder] + (["--model", model] if model else []))
+    folder = os.fspath(folder)
+    args = parse_args(["--resume", folder] + (["--model", os.fspath(model)] if model else []))
     learned = read_learned(folder)
     tokenizer, model, adapters = build(args, len(learned["labels"]))
-    put_learned(folder, learned, model, adapters)
     model.args = args
+    put_learned(folder, learned, model, adapters)
     model.adapters = adapters
     model.tokenizer = tokenizer
     model.labels = learned["labels"]
@@ -503,6 +546,8 @@ def load_run(folder, model=None):
 
 def main(argv=None):
     """Run a command line -> exit status: 0, 1 for a fault, 2 for bad input, 130 for Ctrl-C"""
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     warnings.formatwarning = lambda message, *_: f"train.py: warning: {message}\n"
     args = None
     try:
@@ -516,10 +561,10 @@ def main(argv=None):
         print(f"train.py: stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        advice = "nothing is kept without --out"
-        if args and args.out:
+        advice = "nothing was kept"
+        if args and args.out and os.path.isfile(os.path.join(args.out, "config.json")):
             advice = f"go on with: python train.py --resume {shlex.quote(args.out)}"
-        print(f"train.py: stopped {error}; {advice}", file=sys.stderr)
+        print(f"train.py: stopped {str(error) or 'early'}; {advice}", file=sys.stderr)
         return 130
 
 

@@ -26,10 +26,10 @@ import extras.proxies  # noqa: F401
 import train
 from data import InputError
 from extras.evidence import paired_difference
-from extras.state import checksum
 from heterolora import ALLOCATORS, PROXIES
 
-TUNING_SEEDS = 2  # so many seeds choose among several learning rates
+TUNING_SEEDS = 2  # so many seeds choose among several learning rates,
+TUNING_SHARE = 0.2  # on this share of the training set, which is held out for that
 
 # Flags that change no result, flags that are the same for all, and what a method does not use.
 NO_MATTER = {"data_dir", "device", "out", "resume", "command"}
@@ -71,20 +71,22 @@ def prepare(args, argv):
     common = train.parse_args(argv)
     if common.out or common.resume or common.seed != 0 or common.method != "dynamic":
         raise InputError("compare takes no --out, --resume, --seed or --method: see its --help")
-    if len(args.lr) > 1:
-        common.holdout = args.holdout
+    if args.holdout and len(args.lr) > 1:
+        raise InputError("--holdout with several --lr: both would choose on the same part")
     train.prepare(common)
-    argv = [*argv, f"--budget={common.budget}"] + [f"--lr={lr}" for lr in args.lr[:1]]
+    argv = argv + [f"--lr={lr}" for lr in args.lr[:1]]
     contenders = {}
     for spec in args.contenders:
         flags = train.parse_args([*argv, *contender_argv(spec, vars(common))])
+        flags.holdout = args.holdout
+        flags.budget = int(common.budget)  # or all of its search space, if that is smaller
         try:
             task, _, model, _ = train.prepare(flags)
         except InputError as error:
             raise InputError(f"{spec}: {error}") from None
         # Results on other data or another checkpoint do not count, whatever its name.
         flags.data_checksum = zlib.crc32(repr((task.train, task.dev)).encode())
-        flags.checkpoint = checksum(model.encoder)
+        flags.checkpoint = model.checkpoint
         contenders[spec] = flags
     return contenders
 
@@ -136,7 +138,7 @@ def run(spec, flags, path):
 def choose_lr(spec, flags, args):
     """Return the learning rate that is best on a held-out part of the training set."""
     flags = copy.copy(flags)
-    flags.holdout = args.holdout
+    flags.holdout = TUNING_SHARE
     totals = dict.fromkeys(args.lr, 0)
     for flags.lr in args.lr:
         for flags.seed in args.seeds[:TUNING_SEEDS]:
@@ -208,7 +210,7 @@ def main(argv=None):
     add("contenders", nargs="+", metavar="CONTENDER", help="METHOD[:FLAG=VALUE]...; these first")
     add("--seeds", type=train.number(int, -1), nargs="+", default=[0, 1, 2])
     add("--lr", type=train.number(float, 0), nargs="+", default=[], help="each chooses its own")
-    add("--holdout", type=train.number(float, 0), default=0.2, help="share that chooses it (0.2)")
+    add("--holdout", type=train.number(float, 0), help="evaluate on this share of the training set")
     add("--results", metavar="FILE", default="results.jsonl")
     args, rest = parser.parse_known_args(argv)
     args.seeds = list(dict.fromkeys(args.seeds))

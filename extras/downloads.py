@@ -203,9 +203,9 @@ def glue_folder(task):
     data_dir = cache_path("glue")
     folder = os.path.join(data_dir, GLUE[task].folder)
     names = ["train.tsv", GLUE[task].dev_file]
+    if all(os.path.isfile(os.path.join(folder, name)) for name in names):
+        return data_dir
     with lock():
-        if all(os.path.isfile(os.path.join(folder, name)) for name in names):
-            return data_dir
         try:
             contents = (
                 download_mrpc(folder) if task == "mrpc" else download_zip(task, folder, names)

@@ -9,15 +9,17 @@ import sys
 import data
 import train
 from data import InputError
+from extras.fast_cpu import accelerate
+from extras.runs import in_words
 
 
-def evaluate_run(folder, task_name=None, data_dir=None):
+def evaluate_run(folder, task_name=None, data_dir=None, checkpoint=None):
     """Return {metric: value, ..., "loss": mean} over the dev set. Raises InputError."""
-    model = train.load_run(folder)
+    model = train.load_run(folder, checkpoint)
+    if data_dir:
+        model.args.data_dir = data_dir
     name = task_name or model.args.task
-    task = data.load_task(name, data_dir or model.args.data_dir)
-    if model.args.holdout and not task_name:
-        task = data.hold_out(task, model.args.holdout)
+    task = data.load_task(name, model.args.data_dir) if task_name else train.read_task(model.args)
     texts = 1 if task.dev[0][1] is None else 2
     if list(task.labels) != list(model.labels) or texts != model.texts:
         raise InputError(
@@ -25,6 +27,8 @@ def evaluate_run(folder, task_name=None, data_dir=None):
             f"{name} has {texts} and {', '.join(task.labels)}"
         )
     split = data.Split(task.dev, model.tokenizer, model.args.max_length, "cpu")
+    train.round_frozen(model, model.args.precision)  # as in training: the run's figures come out
+    accelerate(model)
     return train.evaluate(model, split, task.metric)
 
 
@@ -34,13 +38,14 @@ def main(argv=None):
     parser.add_argument("run")
     parser.add_argument("--task")
     parser.add_argument("--data-dir")
+    parser.add_argument("--model", help="the checkpoint, if it has moved")
     args = parser.parse_args(argv)
     try:
-        values = evaluate_run(args.run, args.task, args.data_dir)
+        values = evaluate_run(args.run, args.task, args.data_dir, args.model)
     except (InputError, FloatingPointError) as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 2
-    print("eval " + " | ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    print(f"eval {in_words(values)}")
     return 0
 
 

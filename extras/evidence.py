@@ -12,6 +12,7 @@ import gzip
 import json
 import math
 import statistics
+import warnings
 import zlib
 
 import numpy as np
@@ -57,17 +58,22 @@ def read_runs(path):
     """Return the runs in a file. Raises InputError for a line that is no run."""
     opener = gzip.open if path.endswith(".gz") else open
     runs = []
+    lines = 0
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            for line in file:  # {"flags": {name: value}, "result": {name: value}}
-                record = json.loads(line)
+            for lines, line in enumerate(file, 1):
+                record = json.loads(line)  # {"flags": {name: value}, "result": {name: value}}
                 result = record["result"]
+                if "failed" in result:
+                    reason = f"a run that failed, {result['failed']}; left out"
+                    warnings.warn(f"{path}, line {lines}: {reason}", stacklevel=2)
+                    continue
                 flags = {flag: as_text(value) for flag, value in record["flags"].items()}
                 seed = flags.pop("seed")
                 score = 100 * result["last"]  # after the last epoch
                 runs.append(Run(flags, seed, score, result["params_active"]))
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}, line {len(runs) + 1}, is no finished run: {error}") from None
+        raise InputError(f"{path}, line {max(lines, 1)}, is no finished run: {error}") from None
     return runs
 
 

@@ -3,6 +3,7 @@
 Without a text, every line of standard input is one example; a tab stands between two texts.
 """
 
+import argparse
 import sys
 
 import torch
@@ -29,14 +30,15 @@ def predict(model, texts):
 
 def main(argv=None):
     """Run the command line -> exit status"""
-    folder, *texts = argv or sys.argv[1:] or ["--help"]
-    if folder.startswith("-"):
-        print(__doc__)
-        return 2
+    parser = argparse.ArgumentParser(prog="extras.predict", description=__doc__.split("\n")[0])
+    parser.add_argument("run")
+    parser.add_argument("texts", nargs="*", help="one example (default: lines of standard input)")
+    parser.add_argument("--model", help="the checkpoint, if it has moved")
+    args = parser.parse_args(argv)
     try:
-        model = train.load_run(folder)
-        examples = [texts]
-        if not texts:
+        model = train.load_run(args.run, args.model)
+        examples = [args.texts]
+        if not args.texts:
             examples = (line.rstrip("\r\n").split("\t") for line in sys.stdin)
         for example in examples:
             label, probability = predict(model, example)

@@ -42,7 +42,8 @@ def mean_over(batches, model, loss_fn, measure):
 def squared_gradients(adapter, x, d):
     """x (n, ..., d_in), d (n, ..., d_out) -> [sum over the n examples of |dl_i/dB|^2]
 
-    B is the last parameter that `active` names, so this works for other kinds than LoRA.
+    B is taken to be the last parameter that `active` names. Another kind than LoRA must name last
+    one whose gradient is not 0 at the start.
     """
     last_parameter, _ = adapter.active(adapter.max_rank)[-1]
     total = 0.0

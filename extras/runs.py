@@ -1,7 +1,7 @@
 """The folder of a run: logs, the state to resume from, the result, and what was learned.
 
 config.json    the flags of the run, as train.py resolved them, and the checkpoint's checksum
-log.jsonl      a line for every log line with numbers in it
+log.jsonl      a line for the log lines of losses and evaluations
 history.jsonl  the search space, then a line for every allocation
 state.pt       everything that changes while the run trains; gone when it has ended
 adapters.pt    what was learned: active ranks and their values, the head, names of the classes
@@ -13,7 +13,6 @@ Without a folder (path None) a Run only prints.
 import contextlib
 import json
 import os
-import resource
 import sys
 
 import torch
@@ -26,6 +25,7 @@ from extras.show import changes, grid
 from extras.state import collect_learned
 
 LOGS = ("log.jsonl", "history.jsonl")
+FILES = ("config.json", *LOGS, "state.pt", "adapters.pt", "result.json")
 NOT_SAVED = ("out", "resume", "command")
 
 
@@ -45,8 +45,10 @@ class Run:
 
     def __init__(self, folder, is_new):
         self.folder = folder
+        self.is_new = is_new
+        self.data_checksum = None  # of what it trains and is evaluated on
         if folder and is_new:
-            used = [name for name in ("config.json", *LOGS) if os.path.exists(self.path(name))]
+            used = [name for name in FILES if os.path.exists(self.path(name))]
             if used:
                 raise InputError(
                     f"--out {folder} holds a run already: give a new folder, or --resume"
@@ -62,11 +64,11 @@ class Run:
 
     def is_finished(self):
         """Tell whether the run has ended."""
-        return bool(self.folder) and os.path.isfile(self.path("result.json"))
+        return not self.is_new and os.path.isfile(self.path("result.json"))
 
     def has_state(self):
         """Tell whether there is a state to go on from."""
-        return bool(self.folder) and os.path.isfile(self.path("state.pt"))
+        return not self.is_new and os.path.isfile(self.path("state.pt"))
 
     def result(self):
         """Return the result of a finished run."""
@@ -83,12 +85,18 @@ class Run:
         self.log("config  " + " ".join(f"{name}={value}" for name, value in flags.items()))
         if not self.folder:
             return
+        if not self.has_state():  # begin anew: what an early end may have left is not of this run
+            for name in LOGS:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path(name))
         weights = model.checkpoint
-        if not os.path.isfile(self.path("config.json")):
-            config = {"command": args.command, "flags": flags, "checkpoint": weights}
-            write(self.path("config.json"), json.dumps(config, indent=1))
-        elif read_json(self.path("config.json"))["checkpoint"] != weights:
-            raise InputError(f"{args.model} has other weights than when {self.folder} began")
+        config = {"command": args.command, "flags": flags, "checkpoint": weights}
+        if not self.is_new:
+            before = read_json(self.path("config.json"))
+            if before.get("checkpoint") != weights:
+                raise InputError(f"{args.model} has other weights than when {self.folder} began")
+            config["command"] = before.get("command")
+        write(self.path("config.json"), json.dumps(config, indent=1))
 
     # ------------------------------------------------------------------------------ log lines
 
@@ -107,9 +115,8 @@ class Run:
     def log_step(self, progress, total, steps):
         """Print the mean loss of the last `steps` steps, and the speed since the start."""
         loss = progress.loss / steps
-        progress.loss = 0.0
-        speed = progress.samples / progress.train_seconds
-        milliseconds = 1000 * progress.train_seconds / progress.step
+        speed = progress.samples / progress.step_seconds
+        milliseconds = 1000 * progress.step_seconds / progress.step
         line = f"step {progress.step:6d}/{total} | loss {loss:.4f} | {milliseconds:.1f} ms/step"
         self.log(f"{line} | {speed:.1f} samples/s", kind="step", step=progress.step, loss=loss)
 
@@ -127,16 +134,16 @@ class Run:
         line += f" | {entry['parameters']:,}/{search.budget:,} params"
         if len(search.history) == 1:
             costs = heterolora.rank_costs(search.adapters)
-            modules = {}
-            for name in costs:
-                is_shortcut = name.split(".")[-1] in heterolora.SHORTCUTS
-                modules[name] = {"costs": costs[name], "shortcut": is_shortcut}
+            modules = {name: {"costs": prices} for name, prices in costs.items()}
             self.append("history.jsonl", {"modules": modules})
         else:
-            came, went, overlap = changes(ranks, search.history[-2]["ranks"])
+            before = search.history[-2]["ranks"]
+            came, went, overlap = changes(ranks, before)
             words = [f"+{name.removeprefix('layers.')}" for name in came]
             words += [f"-{name.removeprefix('layers.')}" for name in went]
-            line += f" | jaccard {overlap:.2f} | {' '.join(words) or 'no change'}"
+            if not words:
+                words = ["no change" if ranks == before else "other ranks of the same modules"]
+            line += f" | jaccard {overlap:.2f} | {' '.join(words)}"
         if on == 0:
             line += " | nothing fits the budget: only the head trains"
         self.log(line)
@@ -150,21 +157,21 @@ class Run:
 
     # ---------------------------------------------------------------------------- the state
 
-    def save(self, state, data_checksum):
+    def save(self, state):
         """Write state.pt, whole or not at all."""
         if self.folder:
             sizes = {}
             for name in LOGS:
                 is_there = os.path.isfile(self.path(name))
                 sizes[name] = os.path.getsize(self.path(name)) if is_there else 0
-            content = state.collect() | {"data": data_checksum, "sizes": sizes}
+            content = state.collect() | {"data": self.data_checksum, "sizes": sizes}
             write(self.path("state.pt"), lambda file: torch.save(content, file))
 
-    def load(self, state, data_checksum):
+    def load(self, state):
         """Put back what `save` wrote, and cut the logs back to that moment. Raises InputError."""
         saved = read_pickle(self.path("state.pt"), ("progress", "trained", "data", "sizes"))
-        if saved["data"] != data_checksum:
-            raise InputError("the training data are not those that the run began with")
+        if saved["data"] != self.data_checksum:
+            raise InputError("the data are not those that the run began with")
         try:
             state.restore(saved)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
@@ -189,7 +196,7 @@ class Run:
         self.log(
             f"time    training {result['train_seconds']:.1f} s | search "
             f"{result['search_seconds']:.1f} s | {result['samples_per_second']:.1f} samples/s | "
-            f"peak memory {result['peak_memory_mb']:.0f} MB"
+            f"peak memory {result['peak_memory_mb'] or 0:.0f} MB"
         )
         if self.folder:
             learned = collect_learned(task, model, adapters)
@@ -211,6 +218,8 @@ def summarise(args, model, adapters, search, progress, device):
     active = heterolora.cost(adapters) if adapters else trained
     ever = heterolora.cost(adapters, search.highest_ranks) if search else active
     everything = {name: adapter.max_rank for name, adapter in adapters.items()}
+    recording_seconds = extra_seconds(progress)
+    train_seconds = progress.step_seconds - recording_seconds
     return {
         "task": args.task,
         "method": args.method,
@@ -227,17 +236,30 @@ def summarise(args, model, adapters, search, progress, device):
         "params_search_space": heterolora.cost(adapters, everything),
         "params_head": sum(p.numel() for p in model.head.parameters()),
         "ranks": {name: adapter.rank for name, adapter in adapters.items()},
-        "train_seconds": progress.train_seconds,
-        "search_seconds": progress.search_seconds,
-        "samples_per_second": progress.samples / progress.train_seconds,
+        "train_seconds": train_seconds,
+        "search_seconds": progress.search_seconds + recording_seconds,
+        "samples_per_second": progress.samples / train_seconds,
         "peak_memory_mb": peak_memory_mb(device),
         "threads": torch.get_num_threads(),
     }
 
 
+def extra_seconds(progress):
+    """Return what recording added: recorded steps take longer for a token than plain ones."""
+    plain_tokens = progress.tokens - progress.recorded_tokens
+    if plain_tokens == 0:
+        return 0.0
+    per_token = (progress.step_seconds - progress.recorded_seconds) / plain_tokens
+    return progress.recorded_seconds - progress.recorded_tokens * per_token
+
+
 def peak_memory_mb(device):
-    """Return the peak memory of the GPU, or of this process."""
+    """Return the peak memory of the GPU, or of this process since it began. None if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # which Windows does not have
+    except ImportError:
+        return None
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -34,6 +34,7 @@ class State:
     """The objects that change while a run trains. Random numbers of dropout are torch's own."""
 
     progress: object
+    device: torch.device
     model: object
     adapters: dict
     optimizer: object
@@ -53,19 +54,19 @@ class State:
             "generators": [self.data_order.get_state(), self.probing.get_state()],
             "dropout": torch.get_rng_state(),
         }
-        if torch.cuda.is_available():
-            state["dropout_cuda"] = torch.cuda.get_rng_state()
+        if self.device.type == "cuda":
+            state["dropout_cuda"] = torch.cuda.get_rng_state(self.device)
         if self.search:
             recorded = {}
             for name, adapter in self.adapters.items():
-                if adapter in self.search.sums:
-                    recorded[name] = list(self.search.sums[adapter])
+                if adapter in self.search.recorded:
+                    recorded[name] = list(self.search.recorded[adapter])
             state["search"] = {
                 "history": self.search.history,
                 "highest_ranks": self.search.highest_ranks,
                 "generator": self.search.generator.get_state(),
                 "recorded": recorded,
-                "batches": self.search.batches,
+                "recorded_steps": self.search.recorded_steps,
             }
         return state
 
@@ -80,16 +81,17 @@ class State:
         self.data_order.set_state(state["generators"][0])
         self.probing.set_state(state["generators"][1])
         torch.set_rng_state(state["dropout"])
-        if torch.cuda.is_available() and "dropout_cuda" in state:
-            torch.cuda.set_rng_state(state["dropout_cuda"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["dropout_cuda"], self.device)
         if self.search:
             saved = state["search"]
             self.search.history = saved["history"]
             self.search.highest_ranks = saved["highest_ranks"]
             self.search.generator.set_state(saved["generator"])
-            self.search.batches = saved["batches"]
+            self.search.recorded_steps = saved["recorded_steps"]
             for name, sums in saved["recorded"].items():
-                self.search.sums[self.adapters[name]] = sums
+                adapter = self.adapters[name]
+                self.search.recorded[adapter] = [total.to(self.device) for total in sums]
 
 
 def collect_learned(task, model, adapters):
@@ -121,8 +123,8 @@ def read_learned(folder):
 def put_learned(folder, learned, model, adapters):
     """Put what was learned into a model built from the same flags. Raises InputError."""
     config = read_json(os.path.join(folder, "config.json"))
-    if config["checkpoint"] != model.checkpoint:
-        raise InputError(f"{config['flags']['model']} has other weights than when {folder} began")
+    if config.get("checkpoint") != model.checkpoint:
+        raise InputError(f"{model.args.model} has other weights than when {folder} began")
     try:
         if "encoder" in learned:
             model.encoder.load_state_dict(learned["encoder"])

@@ -22,6 +22,14 @@ def test_evaluate_gives_the_figures_of_the_run(run, capsys):
     assert evaluate.main([run]) == 0
     result = json.load(open(run + "/result.json"))
     assert f"accuracy {result['last']:.4f}" in capsys.readouterr().out
+    assert evaluate.evaluate_run(run) == result["dev"]
+
+
+def test_evaluate_takes_the_examples_that_the_run_held_out(tmp_path):
+    folder = str(tmp_path / "a")
+    flags = ["--train-limit", "200", "--holdout", "0.2", "--max-steps", "1", "--out", folder]
+    assert train.main(flags) == 0
+    assert evaluate.evaluate_run(folder) == json.load(open(folder + "/result.json"))["dev"]
 
 
 def test_evaluate_refuses_a_task_of_another_form(run, capsys):

@@ -23,11 +23,12 @@ def runs(monkeypatch, tmp_path):
     """Replace loading and training by stubs; give the list of the flags of every run."""
     monkeypatch.chdir(tmp_path)
     model = Classifier(Encoder(EncoderConfig(**SIZES)), 2)
+    model.checkpoint = 1
     runs = []
 
     def prepare(flags):
         defaults = {"dynamic": "1000", "lora": "2000"}
-        flags.budget = flags.budget or defaults.get(flags.method)
+        flags.budget = str(flags.budget or defaults.get(flags.method))
         flags.lr = flags.lr or 0.5
         return Task, None, model, {}
 

@@ -121,13 +121,19 @@ def test_what_no_run_has_is_refused_in_one_line(show, capsys, arguments, message
     [
         line(0, 0.7) + "{",
         line(0, 0.7) + "[]\n",
-        line(0, 0.7) + '{"flags": {"seed": 1}, "result": {"failed": "the loss is nan"}}\n',
+        line(0, 0.7) + '{"flags": {"seed": 1}, "result": {"loss": 1}}\n',
     ],
 )
 def test_a_line_that_is_no_run_is_named(show, capsys, content):
     with pytest.raises(SystemExit):
         show([content])
     assert "runs.jsonl, line 2, is no finished run" in capsys.readouterr().err
+
+
+def test_a_run_that_diverged_is_left_out_and_said(show):
+    failed = '{"flags": {"seed": 1}, "result": {"failed": "the loss is nan"}}\n'
+    with pytest.warns(UserWarning, match="line 2: a run that failed, the loss is nan"):
+        show([line(0, 0.7) + failed])
 
 
 def test_a_missing_or_truncated_file_is_refused(tmp_path):

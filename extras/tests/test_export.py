@@ -47,7 +47,7 @@ def make_run(
 
 
 def answer_with(monkeypatch, run):
-    monkeypatch.setattr(export.train, "load_run", lambda folder: run, raising=False)
+    monkeypatch.setattr(export.train, "load_run", lambda folder, model=None: run, raising=False)
 
 
 def logits_from_files(encoder, head, pooling):
@@ -296,7 +296,7 @@ def test_wrong_folders_are_refused_before_the_run_is_loaded(tmp_path, monkeypatc
 
 
 def test_a_run_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path, capsys):
-    def refuse(folder):
+    def refuse(folder, model=None):
         raise InputError(f"{folder}: the run has not ended")
 
     monkeypatch.setattr(export.train, "load_run", refuse, raising=False)
