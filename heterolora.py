@@ -315,14 +315,14 @@ def recording(model, measure, sums):
 
 
 def _register(registry, name, **attributes):
-    def register(function):
+    def add(function):
         if name in registry:
             raise ValueError(f"the name {name!r} is taken")
         vars(function).update(attributes)
         registry[name] = function
         return function
 
-    return register
+    return add
 
 
 PROXIES = {}  # name -> function, see `proxy`

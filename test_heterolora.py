@@ -354,6 +354,9 @@ def test_scoring_batches_and_recorded_steps_do_not_mix():
         loss_fn(model, first).backward()
     assert search.score([second]) == score(model, adapters, [second], "grad-norm")
     assert search.score() == pytest.approx(score(model, adapters, [first], "grad-norm"))
+    with search.record():
+        loss_fn(model, second).backward()
+    assert search.score() == pytest.approx(score(model, adapters, [second], "grad-norm"))
     with pytest.raises(ValueError, match="nothing to score"):
         search.score()
 
@@ -1085,6 +1088,7 @@ def test_a_loaded_run_gives_the_same_figures(tmp_path, precision):
     values = train.evaluate(model, split, task.metric)
     tolerance = 1e-5 if precision == "float32" else 0.01  # a loaded run is in float32
     assert values["accuracy"] == pytest.approx(result["last"], abs=2 * tolerance)
+    assert not model.training
     assert values["loss"] == pytest.approx(result["dev"]["loss"], rel=tolerance)
 
 
