@@ -317,7 +317,8 @@ def make_optimizer(args, model, adapters, total):
 
 def update(model, adapters, optimizer, schedule):
     """Make one step of the optimizer with the gradients as they are. Ranks that are off stay."""
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(trained, CLIP)
     with heterolora.hold_off_ranks(adapters):
         optimizer.step()
     schedule.step()
