@@ -7,10 +7,9 @@ An adapter adds a low-rank map dW to a frozen linear map W. Only its first r ran
 
     y = W x + dW x,    dW = scale * B[:, :r] A[:r],    scale = alpha / r_max
 
-Layer l of the encoder has four connections that can carry an adapter too: two residual connections
-R = I + dW, and two new shortcuts S = 0 + dW. x[l] is the layer's input, f[l] the output of its
-attention half. A connection is named after what it starts from, the input of attention (x) or that
-of the feed-forward part (f). The first layer has no S_ffn:
+Layer l of the encoder (input x[l], output of its attention half f[l]) has four connections that can
+carry an adapter too: two residual connections R = I + dW, and two new shortcuts S = 0 + dW. They
+are named after what they start from; the first layer has no S_ffn:
 
     f[l]   = LN1(R_attn x[l] + Attention(x[l])   + S_ffn f[l-1])
     x[l+1] = LN2(R_ffn f[l]  + FeedForward(f[l]) + S_attn x[l])
@@ -21,7 +20,7 @@ The algorithm:
     2. score      give every adapter a number from the gradients of a few batches (a proxy)
     3. allocate   buy the adapters with the best scores until the budget is spent (an allocator)
     4. switch     turn those on and all others off; what is off keeps its values
-    5. train      what is on, and the task's head, which the caller adds or unfreezes
+    5. train      what is on, and the task's head (the caller's part)
 
 A static search does steps 2 to 4 once, before training; a dynamic one again and again during it.
 
@@ -40,9 +39,11 @@ A static search does steps 2 to 4 once, before training; a dynamic one again and
 
 import contextlib
 import copy
+import dataclasses
 import math
 import warnings
 import zlib
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -59,9 +60,8 @@ class LoRA(nn.Module):
     """dW = scale * B A (Hu et al. 2021, arXiv 2106.09685). Raises ValueError for a bad rank.
 
     A (r_max, d_in) starts as U(-1/sqrt(d_in), 1/sqrt(d_in)); B (d_out, r_max) at 0, so dW does too.
-    Another kind of adapter has the same constructor, `rank`, `max_rank`, `scale` and methods. All
-    its trainable parameters take part in `forward`. Cost, scores, protection of ranks that are off,
-    saving and loading follow from that. Put the class into ADAPTERS to name it on a command line.
+    Another kind of adapter has the same constructor, attributes and methods, and uses all its
+    trainable parameters in `forward`. Everything else (cost, scores, saving) follows from these.
     """
 
     def __init__(self, d_in, d_out, rank, alpha, generator=None):
@@ -76,10 +76,7 @@ class LoRA(nn.Module):
         self.scale = alpha / rank  # stays when ranks are switched, so that the others do not change
 
     def active(self, rank):
-        """Return [(parameter, slices)]: the blocks of trainable parameters that `rank` uses.
-
-        A block is the leading part of its parameter; that of max_rank is the whole.
-        """
+        """Return [(parameter, slices)]: the leading blocks of its parameters that `rank` uses."""
         return [(self.A, (slice(rank), slice(None))), (self.B, (slice(None), slice(rank)))]
 
     def attach(self, name, host, adapters):
@@ -109,20 +106,11 @@ class LoRALinear(nn.Module):
         y = self.host(x)
         return y + self.adapter(x) if self.adapter.rank > 0 else y
 
-    @torch.no_grad()
-    def merged_weight(self):
-        """Return W + dW (d_out, d_in): the weight of a plain linear that computes the same."""
-        W = self.host.weight
-        identity = torch.eye(W.shape[1], device=W.device)
-        dW = self.adapter(identity).T  # adapters map rows: row i of the result is column i of dW
-        return (W + dW).to(W.dtype)
-
 
 class LoRAShortcut(nn.Module):
     """A connection with an adapter: x + dW x for a residual, dW x for a new shortcut.
 
-    Off, it is what the plain model has: x, or None for nothing to add. (The official code applies
-    the LayerNorm behind a shortcut twice, even while it is off.)
+    Off, it is what the plain model has: x, or None for nothing to add.
     """
 
     def __init__(self, adapter, is_residual):
@@ -132,10 +120,10 @@ class LoRAShortcut(nn.Module):
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, D), or None for nothing to add"""
-        dW_x = self.adapter(x) if self.adapter.rank > 0 else None
-        if not self.is_residual:
-            return dW_x
-        return x if dW_x is None else x + dW_x
+        if self.adapter.rank == 0:
+            return x if self.is_residual else None
+        dW_x = self.adapter(x)
+        return x + dW_x if self.is_residual else dW_x
 
 
 # -------------------------------------------------------------------------------- search space
@@ -146,26 +134,23 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
 
     targets are the last parts of the names of nn.Linear modules ("q", "v"). shortcuts are those of
     connection points: an nn.Identity, which is a residual, or a module without parameters that
-    returns None. They are as wide as model.config.hidden_size. Initial values depend on the seed,
-    the module's name and its shape. adapter is a class. Returns {module name: adapter}, all on.
-    Raises ValueError for a name that matches nothing.
+    returns None; their width is model.config.hidden_size. Initial values depend on the seed, the
+    module's name and its shape. adapter is a class. Returns {module name: adapter}, all on. Raises
+    ValueError for a name that matches nothing.
     """
     modules = dict(model.named_modules())
     if any(isinstance(module, (LoRALinear, LoRAShortcut)) for module in modules.values()):
         raise ValueError("this model has adapters already: inject once, then use set_ranks")
-    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
-    points = {name: m for name, m in modules.items() if not list(m.parameters())}
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    points = [name for name, module in modules.items() if not list(module.parameters())]
     chosen = []
     for wanted, among in ((targets, linears), (shortcuts, points)):
+        known = {name.split(".")[-1] for name in among}
         for last in wanted:
-            matches = [name for name in among if name.split(".")[-1] == last]
-            if not matches:
-                known = sorted({name.split(".")[-1] for name in among})
-                raise ValueError(f"the model has no {last!r}; it has: {', '.join(known)}")
-            chosen += matches
+            if last not in known:
+                raise ValueError(f"the model has no {last!r}; it has: {', '.join(sorted(known))}")
+        chosen += [name for name in among if name.split(".")[-1] in wanted]
 
-    if shortcut_alpha is None:
-        shortcut_alpha = alpha
     model.requires_grad_(False)
     adapters = {}
     for name in sorted(chosen, key=list(modules).index):  # the model's own order
@@ -176,7 +161,7 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
             replacement = LoRALinear(host, new)
         else:
             D = model.config.hidden_size
-            new = adapter(D, D, rank, shortcut_alpha, generator)
+            new = adapter(D, D, rank, shortcut_alpha or alpha, generator)
             replacement = LoRAShortcut(new, is_residual=isinstance(host, nn.Identity))
         new.attach(name, host, adapters)
         new.to(next(model.parameters()).device)
@@ -187,10 +172,7 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
 
 
 def set_ranks(adapters, ranks):
-    """Switch an allocation {name: rank} on; names left out are off. Raises ValueError.
-
-    No value changes: ranks that come on again go on from where they were.
-    """
+    """Switch an allocation {name: rank} on; names left out are off. Raises ValueError."""
     for name, rank in ranks.items():
         if name not in adapters:
             raise ValueError(f"no adapter is called {name!r}; there are: {', '.join(adapters)}")
@@ -201,24 +183,26 @@ def set_ranks(adapters, ranks):
         adapter.rank = ranks.get(name, 0)
 
 
-def cost(adapters, ranks=None):
-    """Return the parameters of an allocation {name: rank}; None: of what is on now.
-
-    A parameter that adapters share counts once: its blocks are nested, so the largest counts.
-    """
-    sizes = {}
+def active_blocks(adapters, ranks=None):
+    """Return {parameter: slices}, what an allocation {name: rank} uses; None: what is on now."""
+    blocks = {}
     for name, adapter in adapters.items():
         rank = adapter.rank if ranks is None else ranks.get(name, 0)
         for parameter, slices in adapter.active(rank):
-            sizes[parameter] = max(sizes.get(parameter, 0), parameter[slices].numel())
-    return sum(sizes.values())
+            largest = blocks.get(parameter, slice(0))  # the same, of adapters that share it
+            if parameter[slices].numel() >= parameter[largest].numel():
+                blocks[parameter] = slices
+    return blocks
+
+
+def cost(adapters, ranks=None):
+    """Return the parameters of an allocation {name: rank}; None: of what is on now."""
+    blocks = active_blocks(adapters, ranks)
+    return sum(parameter[slices].numel() for parameter, slices in blocks.items())
 
 
 def rank_costs(adapters):
-    """Return {module name: [parameters that its first rank costs, its second, ...]}.
-
-    A module is priced alone: what it shares with others makes an allocation cheaper than the sum.
-    """
+    """Return {module name: [parameters that its first rank costs, its second, ...]}, each alone."""
     costs = {}
     for name, adapter in adapters.items():
         totals = [cost({name: adapter}, {name: rank}) for rank in range(adapter.max_rank + 1)]
@@ -227,15 +211,9 @@ def rank_costs(adapters):
 
 
 def partly_on(adapters):
-    """Return {parameter: mask of what is on} for parameters of which only a part is on."""
-    masks = {}
-    if all(adapter.rank in (0, adapter.max_rank) for adapter in adapters.values()):
-        return masks  # whole modules have no parameter that is partly on
-    for adapter in adapters.values():
-        for parameter, slices in adapter.active(adapter.rank):
-            mask = masks.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))
-            mask[slices] = True
-    return {p: mask for p, mask in masks.items() if mask.any() and not mask.all()}
+    """Return {parameter: slices} for parameters of which a part is on and a part is off."""
+    blocks = active_blocks(adapters)
+    return {p: part for p, part in blocks.items() if 0 < p[part].numel() < p.numel()}
 
 
 @contextlib.contextmanager
@@ -247,24 +225,23 @@ def hold_off_ranks(adapters):
     """
     before = {parameter: parameter.detach().clone() for parameter in partly_on(adapters)}
     yield
-    with torch.no_grad():
-        for parameter, is_on in partly_on(adapters).items():
-            parameter.copy_(torch.where(is_on, parameter, before[parameter]))
+    for parameter, part in partly_on(adapters).items():
+        before[parameter][part] = parameter.detach()[part]
+        parameter.data.copy_(before[parameter])
 
 
 # ------------------------------------------------------------------------------------- proxies
 
-# For one adapted map y(x), let d = dL/dy. Two gradients follow from x and d: that of the full
-# matrix, G = dL/dW = d^T x, and that of the adapter's own parameters, by autograd through the
-# adapter alone. This works for modules that are on or off, and in any backward pass, so that scores
-# can be read off training steps.
+# For an adapted map y(x), let d = dL/dy. The gradient of the full matrix is G = dL/dW = d^T x, and
+# those of the adapter's own parameters come from autograd through the adapter alone. This works for
+# modules that are on or off, and in any backward pass, so that training steps give scores too.
 
 
 def adapter_gradients(adapter, x, d):
     """Return the gradients of an adapter's trainable parameters, as if all its ranks were on.
 
-    x (..., d_in) is the input of the adapted map, d (..., d_out) the gradient of its output. Of a
-    LoRA: dL/dA = scale B^T G (r_max, d_in) and dL/dB = scale G A^T (d_out, r_max).
+    x (..., d_in) is the adapted map's input, d (..., d_out) the gradient of its output. Of a LoRA:
+    dL/dA = scale B^T G (r_max, d_in) and dL/dB = scale G A^T (d_out, r_max).
     """
     parameters = [p for p in adapter.parameters() if p.requires_grad]
     with torch.enable_grad():
@@ -297,9 +274,8 @@ def recording(model, measure, sums):
             if x._version != version:
                 raise RuntimeError("the input of an adapted module was changed in place: no score")
             values = measure(module.adapter, x, d)
-            if module.adapter in sums:
-                values = [old + new for old, new in zip(sums[module.adapter], values, strict=True)]
-            sums[module.adapter] = values
+            before = sums.get(module.adapter, [0.0] * len(values))
+            sums[module.adapter] = [old + new for old, new in zip(before, values, strict=True)]
 
         y.register_hook(keep)
         outputs.append(y)
@@ -314,17 +290,6 @@ def recording(model, measure, sums):
             hook.remove()
 
 
-def _register(registry, name, **attributes):
-    def add(function):
-        if name in registry:
-            raise ValueError(f"the name {name!r} is taken")
-        vars(function).update(attributes)
-        registry[name] = function
-        return function
-
-    return add
-
-
 PROXIES = {}  # name -> function, see `proxy`
 
 
@@ -336,10 +301,15 @@ def proxy(name, measure=adapter_gradients):
     @proxy("mine", measure) def mine(adapter, *means) gets the means of the tensors in the list that
     measure(adapter, x, d) returns. Both can be read off training steps.
     @proxy("mine", None) def mine(model, adapters, batches, loss_fn) makes passes of its own, and
-    returns {name: score}. Raises ValueError if the name is taken.
+    returns {name: score}.
     """
 
-    return _register(PROXIES, name, measure=measure)
+    def register(function):
+        function.measure = measure
+        PROXIES[name] = function
+        return function
+
+    return register
 
 
 @proxy("constant", measure=None)
@@ -350,11 +320,7 @@ def constant(model, adapters, batches, loss_fn):
 
 @proxy("grad-norm")
 def grad_norm(adapter, *gradients):
-    """|dL/dA| + |dL/dB|, Frobenius norms. The paper's GRAD_NORM (official grad_norm.py).
-
-    While B = 0, dL/dA is 0 and |dL/dB|^2 is scale^2 r / (3 d_in) |G|^2 on average over draws of A:
-    wide inputs, as that of fc2, are marked down.
-    """
+    """|dL/dA| + |dL/dB|, Frobenius norms. The paper's GRAD_NORM; dL/dA is 0 while B = 0."""
     return sum(gradient.norm() for gradient in gradients)
 
 
@@ -362,8 +328,8 @@ def grad_norm(adapter, *gradients):
 def snip(adapter, *gradients):
     """sum |A * dL/dA| + sum |B * dL/dB|. The paper's SNIP (Lee et al. 2019, arXiv 1810.02340).
 
-    While B = 0 it is exactly 0 for every module: dL/dA = scale B^T G is 0, and so is B. Then the
-    first allocation is a random draw. Only its modules leave B = 0, so they win every later one.
+    While B = 0 it is 0 for every module, since dL/dA = scale B^T G is 0 too: the first allocation
+    is a random draw. Only its modules leave B = 0, so they win every later one.
     """
     parameters = [p for p in adapter.parameters() if p.requires_grad]
     products = [(p * g).abs().sum() for p, g in zip(parameters, gradients, strict=True)]
@@ -375,8 +341,7 @@ def synflow(model, adapters, batches, loss_fn):
     """SNIP without data, sum |A * dR/dA| + sum |B * dR/dB| (Tanaka et al. 2020, arXiv 2006.05467).
 
     R is the sum of one example's logits, on a copy that is linear and whose parameters are absolute
-    values; tokens are embedded as ones. While B = 0 it is 0 for every module; q and k, which only
-    shape attention, always score 0. (Official synflow.py takes the labels' loss for R.)
+    values; tokens are embedded as ones. While B = 0 it is 0 for every module, as SNIP is.
     """
     twin, twin_adapters = copy.deepcopy((model, adapters))
     for parameter in twin.double().parameters():
@@ -391,31 +356,26 @@ def synflow(model, adapters, batches, loss_fn):
 
 
 class _Linearised(TorchFunctionMode):
-    """Replace functions by linear ones, and the loss by the sum of the first example's logits.
-
-    It knows the functions of BERT-like encoders, as torch calls them: norms have gain and bias,
-    softmax is over the last dimension. All embedding tables, also of positions, give ones.
-    """
+    """Replace the functions of encoders by linear ones, the loss by the first example's logits."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.__name__
+        x = args[0] if args else None
         if name == "embedding":
-            ids, table = args[:2]
-            return table.new_ones(*ids.shape, table.shape[1])
+            return args[1].new_ones(*x.shape, args[1].shape[1])
         if name == "layer_norm":  # gain and bias, which torch hands on as keywords
-            return args[0] * kwargs["weight"] + kwargs["bias"]
+            return x * kwargs["weight"] + kwargs["bias"]
         if name == "scaled_dot_product_attention":  # uniform: the mean of the values
-            v = args[2]
-            return v.mean(-2, keepdim=True).expand_as(v)
+            return args[2].mean(-2, keepdim=True).expand_as(args[2])
         if name == "softmax":
-            return torch.full_like(args[0], 1 / args[0].shape[-1])
+            return torch.full_like(x, 1 / x.shape[-1])
         if name in ("relu", "gelu", "silu", "tanh"):  # what ReLU does to positive numbers
-            return args[0]
+            return x
         if name == "sigmoid":  # x * sigmoid(x) is another way to write silu
-            return torch.ones_like(args[0])
+            return torch.ones_like(x)
         if name in ("cross_entropy", "mse_loss"):
-            return args[0][0].sum()
+            return x[0].sum()
         return function(*args, **kwargs)
 
 
@@ -430,15 +390,19 @@ def allocator(name):
     scores: {name: number, or a list with one for each rank}. costs: {name: [parameters of the first
     rank, of the second, ...]}. budget: parameters. generator: torch.Generator, for breaking ties.
     """
-    return _register(ALLOCATORS, name)
+
+    def register(function):
+        ALLOCATORS[name] = function
+        return function
+
+    return register
 
 
 @allocator("greedy")
 def greedy(scores, costs, budget, generator):
     """Take whole modules, best score first, while they fit, going on past one that does not.
 
-    The paper's ranking, with a budget of parameters where the official code counts modules. Equal
-    scores come in random order. A list of scores counts as its sum.
+    The paper's ranking. Equal scores come in random order. A list of scores counts as its sum.
     """
     totals = {name: float(torch.tensor(score).sum()) for name, score in scores.items()}
     if not any(totals.values()):
@@ -463,43 +427,39 @@ def greedy(scores, costs, budget, generator):
 
 @contextlib.contextmanager
 def _in_eval_mode(model):
-    was_training = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        for module, training in was_training:
+        for module, training in modes:
             module.training = training
 
 
+@dataclasses.dataclass(eq=False)
 class HeteroLoRA:
     """The paper's search: `reallocate` once before training (static), or again and again (dynamic).
 
-    loss_fn(model, batch) returns a scalar; batches must be training data; budget is in parameters.
     `history` has an entry for every call: step, scores, ranks, parameters.
     """
 
-    def __init__(
-        self, model, adapters, budget, loss_fn, proxy="grad-norm", allocator="greedy", seed=0
-    ):
-        self.model = model
-        self.adapters = adapters
-        self.budget = budget
-        self.loss_fn = loss_fn
-        self.proxy = proxy
-        self.allocator = allocator
-        self.generator = torch.Generator().manual_seed(seed)
+    model: nn.Module
+    adapters: dict
+    budget: int  # parameters
+    loss_fn: Callable  # loss_fn(model, batch) returns a scalar; batches must be training data
+    proxy: str = "grad-norm"
+    allocator: str = "greedy"
+    seed: int = 0
+
+    def __post_init__(self):
+        self.generator = torch.Generator().manual_seed(self.seed)
         self.history = []
-        self.highest_ranks = dict.fromkeys(adapters, 0)  # that an allocation ever gave each module
         self.recorded = {}  # sums over the training steps that were recorded since the last score
         self.recorded_steps = 0
 
     def record(self):
-        """Record a training step for score(None): `with search.record(): loss.backward()`.
-
-        Forward and backward pass stand inside. Raises ValueError if the proxy makes its own passes.
-        """
+        """Record for `score` the forward and backward pass inside `with search.record():`."""
         measure = PROXIES[self.proxy].measure
         if measure is None:
             raise ValueError(f"{self.proxy} makes passes of its own: give batches to `score`")
@@ -515,7 +475,7 @@ class HeteroLoRA:
         """
         function = PROXIES[self.proxy]
         if batches is None:
-            scores = self._means_to_scores(self.recorded, self.recorded_steps)
+            scores = self._from_means(self.recorded, self.recorded_steps)
             self.recorded = {}
             self.recorded_steps = 0
         elif function.measure is None:
@@ -528,7 +488,7 @@ class HeteroLoRA:
                     with recording(self.model, function.measure, sums) as outputs:
                         loss = self.loss_fn(self.model, batch)
                         torch.autograd.grad(loss, outputs, allow_unused=True)
-            scores = self._means_to_scores(sums, len(batches))
+            scores = self._from_means(sums, len(batches))
         for name, score in scores.items():
             scores[name] = torch.as_tensor(score, dtype=torch.double).tolist()
             if not torch.as_tensor(scores[name]).isfinite().all():
@@ -536,7 +496,7 @@ class HeteroLoRA:
         return scores
 
     @torch.no_grad()
-    def _means_to_scores(self, sums, steps):
+    def _from_means(self, sums, steps):
         if steps == 0:
             raise ValueError("nothing to score: give batches, or record training steps first")
         scores = dict.fromkeys(self.adapters, 0.0)  # stays for what the loss does not depend on
@@ -548,26 +508,22 @@ class HeteroLoRA:
 
     def allocate(self, scores):
         """Buy ranks with the budget -> {module name: rank}. Raises ValueError if it is exceeded."""
-        costs = rank_costs(self.adapters)
+        allocate = ALLOCATORS[self.allocator]
         ranks = dict.fromkeys(self.adapters, 0)
-        ranks |= ALLOCATORS[self.allocator](scores, costs, self.budget, self.generator)
+        ranks |= allocate(scores, rank_costs(self.adapters), self.budget, self.generator)
         if cost(self.adapters, ranks) > self.budget:
             raise ValueError(f"allocator {self.allocator} spends more than {self.budget:,}")
         return ranks
 
     def switch(self, ranks):
-        """Turn an allocation on."""
+        """Turn an allocation on, and everything else off."""
         set_ranks(self.adapters, ranks)
-        for name, rank in ranks.items():
-            self.highest_ranks[name] = max(rank, self.highest_ranks[name])
 
     def reallocate(self, batches=None, step=0):
         """Score, allocate and switch -> the new entry of `history`"""
         scores = self.score(batches)
         ranks = self.allocate(scores)
         self.switch(ranks)
-        parameters = cost(self.adapters, ranks)
-        self.history.append(
-            {"step": step, "scores": scores, "ranks": ranks, "parameters": parameters}
-        )
+        spent = cost(self.adapters, ranks)
+        self.history.append({"step": step, "scores": scores, "ranks": ranks, "parameters": spent})
         return self.history[-1]

@@ -10,7 +10,6 @@ head (no adapters) and full (every weight). Read `train` top to bottom: it is th
 
 import argparse
 import contextlib
-import dataclasses
 import math
 import os
 import re
@@ -37,8 +36,6 @@ HEAD_LR = 1e-3  # the head starts from nothing, whatever the adapters do
 WEIGHT_DECAY = 0.01  # on matrices
 LR_WARMUP = 0.06  # share of the steps in which the learning rate rises; then it falls to 0
 CLIP = 1.0  # largest norm of the gradient
-WARMUP_RANK = 1  # of every module in a joint warm-up
-HEAD_WARMUP_BATCHES = 32  # that the head is trained on, again and again
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 500  # steps; also at the end of every epoch
 
@@ -111,21 +108,10 @@ def parse_args(argv=None):
     add("--resume", metavar="DIR", help="go on with a run that was interrupted")
 
     args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
-    given = [
-        key for key, value in vars(parser.parse_args(argv, unset)).items() if value is not None
-    ]
     if args.resume:
-        from extras.runs import saved_flags
+        from extras.runs import resumed_args
 
-        extra = set(given) - {"resume", "model", "data_dir", "device"}
-        if extra:
-            parser.error(
-                f"--resume takes its flags from the run, and no {', '.join(sorted(extra))}"
-            )
-        flags = {**saved_flags(args.resume), **{key: getattr(args, key) for key in given}}
-        flags["out"] = args.resume
-        args = parser.parse_args([f"--{key.replace('_', '-')}={flags[key]}" for key in flags])
+        args = resumed_args(parser, args, argv)
     args.command = shlex.join(["python", *(sys.argv if argv is None else ["train.py", *argv])])
     return args
 
@@ -171,6 +157,8 @@ def prepare(args):
 
     Whatever is wrong with the input raises InputError here, before any training.
     """
+    from extras.fast_cpu import has_fast_bfloat16
+
     is_built_in = args.model == "built-in"
     is_full = args.method == "full"
     if is_built_in and args.task in data.GLUE:
@@ -222,16 +210,9 @@ def build(args, num_labels):
     targets = heterolora.TARGETS if args.targets == ["all"] else args.targets
     shortcuts = heterolora.SHORTCUTS if args.shortcuts == ["all"] else args.shortcuts
     try:
-        adapters = heterolora.inject(
-            encoder,
-            targets,
-            shortcuts,
-            args.rank,
-            args.alpha,
-            args.shortcut_alpha,
-            args.seed,
-            heterolora.ADAPTERS[args.adapter],
-        )
+        kind = heterolora.ADAPTERS[args.adapter]
+        sizes = (args.rank, args.alpha, args.shortcut_alpha)
+        adapters = heterolora.inject(encoder, targets, shortcuts, *sizes, args.seed, kind)
     except ValueError as error:
         raise InputError(f"--targets, --shortcuts, --rank: {error}") from None
     if not adapters:
@@ -256,14 +237,6 @@ def find_device(name):
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
-
-
-def has_fast_bfloat16(device):
-    """Tell whether the processor multiplies bfloat16 matrices faster than float32 ones."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def loss_fn(model, batch):
@@ -325,90 +298,17 @@ def update(model, adapters, optimizer, schedule):
     optimizer.zero_grad()
 
 
-def first_allocation(args, model, adapters, search, train_set):
-    """Warm up, allocate, and put every value back to its start -> the entry of the history
-
-    Gradients through a random head point nowhere in particular, so the head trains first: alone, or
-    with every module at rank 1 (--warmup-steps).
-    """
-    draws = generator(args.seed, "warm-up")
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    heterolora.set_ranks(adapters, {})
-    if args.warmup_steps:
-        heterolora.set_ranks(adapters, dict.fromkeys(adapters, WARMUP_RANK))
-        search.highest_ranks = dict.fromkeys(adapters, WARMUP_RANK)
-        model.train()
-        torch.manual_seed(args.seed)
-        optimizer, schedule = make_optimizer(args, model, adapters, args.warmup_steps)
-        for batch in train_set.sample(args.warmup_steps, args.batch_size, draws):
-            loss_fn(model, batch).backward()
-            update(model, adapters, optimizer, schedule)
-    elif args.head_warmup:
-        batches = train_set.sample(
-            min(args.head_warmup, HEAD_WARMUP_BATCHES), args.batch_size, draws
-        )
-        train_head(args, model, batches)
-    probing = generator(args.seed, "first probing")
-    entry = search.reallocate(train_set.sample(args.probe_batches, args.batch_size, probing))
-    model.load_state_dict(start, strict=False)
-    model.zero_grad()
-    return entry
-
-
-def train_head(args, model, batches):
-    """Train the head alone on these batches, whose features the encoder computes once."""
-    model.eval()
-    features = []
-    with torch.no_grad():
-        for inputs, labels in batches:
-            features.append((model.pool(model.encoder(*inputs), inputs[1]), labels))  # (B, D), (B,)
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=HEAD_LR)
-    for step in range(args.head_warmup):
-        x, labels = features[step % len(features)]
-        optimizer.zero_grad()
-        F.cross_entropy(model.head(x), labels).backward()
-        optimizer.step()
-
-
 def plain_lora(adapters, allocator, budget):
     """Return the ranks of the baseline: the same everywhere, or by layers. Shortcuts stay off."""
     rule = allocator if allocator.endswith("-layers") else "uniform"
-    costs = {}
-    for name, prices in heterolora.rank_costs(adapters).items():
-        if name.split(".")[-1] not in heterolora.SHORTCUTS:
-            costs[name] = prices
-    return heterolora.ALLOCATORS[rule]({}, costs, budget, None)
+    linears = dict(adapters)
+    for name in adapters:
+        if name.split(".")[-1] in heterolora.SHORTCUTS:
+            del linears[name]
+    return heterolora.ALLOCATORS[rule]({}, heterolora.rank_costs(linears), budget, None)
 
 
 # ------------------------------------------------------------------------------------- the run
-
-
-@dataclasses.dataclass
-class Progress:
-    """What a run counts. It is saved with the rest of the run's state."""
-
-    step: int = 0
-    queue: list = dataclasses.field(default_factory=list)  # batches left of this epoch
-    loss: float = 0.0  # sum since the last log line
-    samples: int = 0
-    tokens: int = 0  # padding included
-    step_seconds: float = 0.0
-    recorded_tokens: int = 0  # the same of the steps that were recorded for a score
-    recorded_seconds: float = 0.0
-    search_seconds: float = 0.0  # of scoring and allocating
-    evaluations: list = dataclasses.field(default_factory=list)
-
-    def count(self, step, loss, batch, seconds, is_recorded):
-        """Count a step that has been made."""
-        (input_ids, *_), labels = batch
-        self.step = step
-        self.loss += loss
-        self.samples += len(labels)
-        self.tokens += input_ids.numel()
-        self.step_seconds += seconds
-        if is_recorded:
-            self.recorded_tokens += input_ids.numel()
-            self.recorded_seconds += seconds
 
 
 def train(args):
@@ -418,7 +318,8 @@ def train(args):
     finite, and KeyboardInterrupt after Ctrl-C, when the state has been saved.
     """
     from extras import fast_cpu, runs
-    from extras.state import State, StopSignal
+    from extras.state import Progress, State, StopSignal
+    from extras.warm_up import warmed_up
 
     run = runs.Run(args.out, is_new=not args.resume)
     if run.is_finished():
@@ -455,7 +356,11 @@ def train(args):
             run.load(state)
         elif search:
             start = time.perf_counter()
-            entry = first_allocation(args, model, adapters, search, train_set)
+            with warmed_up(args, model, adapters, train_set):
+                draws = generator(args.seed, "first probing")
+                entry = search.reallocate(
+                    train_set.sample(args.probe_batches, args.batch_size, draws)
+                )
             progress.search_seconds += time.perf_counter() - start
             run.log_allocation(search, entry)
         elif adapters:
@@ -536,12 +441,8 @@ def load_run(folder, model=None):
     args = parse_args(["--resume", folder] + (["--model", os.fspath(model)] if model else []))
     learned = read_learned(folder)
     tokenizer, model, adapters = build(args, len(learned["labels"]))
-    model.args = args
-    put_learned(folder, learned, model, adapters)
-    model.adapters = adapters
+    put_learned(folder, learned, args, model, adapters)
     model.tokenizer = tokenizer
-    model.labels = learned["labels"]
-    model.texts = learned["texts"]
     return model.eval()
 
 

@@ -14,6 +14,8 @@ import os
 import shutil
 import sys
 
+import torch
+
 import train
 from data import InputError
 from extras.checkpoints import hf_name, write_checkpoint, write_safetensors
@@ -48,6 +50,15 @@ def write_head_apart(classifier, folder):
         write_safetensors(os.path.join(folder, "head.safetensors"), classifier.head.state_dict())
 
 
+@torch.no_grad()
+def merged_weight(linear):
+    """Return W + dW (d_out, d_in) of a LoRALinear: a plain linear with it computes the same."""
+    W = linear.host.weight
+    identity = torch.eye(W.shape[1], device=W.device)
+    dW = linear.adapter(identity).T  # adapters map rows: row i of the result is column i of dW
+    return (W + dW).to(W.dtype)
+
+
 def merged_state(encoder):
     """Return the state dict of a plain encoder that computes what this one does, adapters included.
 
@@ -59,7 +70,7 @@ def merged_state(encoder):
             state[name.replace(".host.", ".")] = tensor
     for name, module in encoder.named_modules():
         if isinstance(module, LoRALinear) and module.adapter.rank > 0:
-            state[f"{name}.weight"] = module.merged_weight()
+            state[f"{name}.weight"] = merged_weight(module)
     return state
 
 

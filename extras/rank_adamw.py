@@ -16,38 +16,31 @@ class RankAdamW(torch.optim.AdamW):
 
     A parameter of which only a part is on, or ever was, has a count for every element in
     state["step"]. What is off keeps its value, moments and count. All other parameters are left to
-    torch. groups: as for torch.optim.AdamW. Raises ValueError for amsgrad and maximize.
+    torch. groups: as for torch.optim.AdamW, without amsgrad and maximize.
     """
 
     def __init__(self, groups, adapters):
         super().__init__(groups)
         self.adapters = adapters
-        for group in self.param_groups:
-            if group["amsgrad"] or group["maximize"]:
-                raise ValueError("RankAdamW has neither amsgrad nor maximize: leave them out")
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Take one step. closure, if given, computes the loss and gradients; returns its loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        masks = partly_on(self.adapters)
+    def step(self):
+        """Take one step."""
+        partly = partly_on(self.adapters)
         gradients = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                if parameter in masks or self._counts_elements(parameter):
-                    everything = torch.ones_like(parameter, dtype=torch.bool)
-                    self._step_elements(parameter, masks.get(parameter, everything), group)
+                if parameter in partly or self._counts_elements(parameter):
+                    is_on = torch.zeros_like(parameter, dtype=torch.bool)
+                    is_on[partly.get(parameter, ...)] = True
+                    self._step_elements(parameter, is_on, group)
                     gradients[parameter] = parameter.grad
                     parameter.grad = None  # hides it from torch
         super().step()
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        return loss
 
     def _counts_elements(self, parameter):
         state = self.state.get(parameter, {})

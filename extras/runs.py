@@ -10,6 +10,7 @@ result.json    the result; when it is there, the run is finished
 Without a folder (path None) a Run only prints.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -23,21 +24,33 @@ from extras.checkpoints import read_pickle
 from extras.files import read_json, write
 from extras.show import changes, grid
 from extras.state import collect_learned
+from extras.warm_up import RANK
 
 LOGS = ("log.jsonl", "history.jsonl")
 FILES = ("config.json", *LOGS, "state.pt", "adapters.pt", "result.json")
 NOT_SAVED = ("out", "resume", "command")
 
 
-def saved_flags(folder):
-    """Return the flags of the run in a folder, {name: text}. Raises InputError."""
-    path = os.path.join(folder, "config.json")
+def resumed_args(parser, args, argv):
+    """Return the flags of the run that --resume names, but for where things are and what to use.
+
+    Raises InputError if there is no run, and exits as argparse does if other flags are given.
+    """
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = vars(parser.parse_args(argv, unset))
+    given = {name: value for name, value in given.items() if value is not None}
+    extra = sorted(set(given) - {"resume", "model", "data_dir", "device"})
+    if extra:
+        parser.error(f"--resume takes its flags from the run, and no {', '.join(extra)}")
+    path = os.path.join(args.resume, "config.json")
     if not os.path.isfile(path):
-        raise InputError(f"{folder} holds no run: there is no config.json in it")
+        raise InputError(f"{args.resume} holds no run: there is no config.json in it")
     flags = read_json(path).get("flags")
     if not isinstance(flags, dict) or not all(isinstance(text, str) for text in flags.values()):
         raise InputError(f"{path}: no flags of a run in it")
-    return flags
+    flags |= given
+    flags["out"] = args.resume
+    return parser.parse_args([f"--{name.replace('_', '-')}={flags[name]}" for name in flags])
 
 
 class Run:
@@ -216,7 +229,7 @@ def summarise(args, model, adapters, search, progress, device):
     metric = next(iter(progress.evaluations[-1]))
     trained = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)
     active = heterolora.cost(adapters) if adapters else trained
-    ever = heterolora.cost(adapters, search.highest_ranks) if search else active
+    ever = heterolora.cost(adapters, highest_ranks(args, search)) if search else active
     everything = {name: adapter.max_rank for name, adapter in adapters.items()}
     recording_seconds = extra_seconds(progress)
     train_seconds = progress.step_seconds - recording_seconds
@@ -242,6 +255,15 @@ def summarise(args, model, adapters, search, progress, device):
         "peak_memory_mb": peak_memory_mb(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def highest_ranks(args, search):
+    """Return {module name: the most ranks that it ever had}, a joint warm-up included."""
+    highest = dict.fromkeys(search.adapters, RANK if args.warmup_steps else 0)
+    for entry in search.history:
+        for name, rank in entry["ranks"].items():
+            highest[name] = max(highest[name], rank)
+    return highest
 
 
 def extra_seconds(progress):

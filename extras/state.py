@@ -30,6 +30,34 @@ def checksum(encoder):
 
 
 @dataclasses.dataclass
+class Progress:
+    """What a run counts."""
+
+    step: int = 0
+    queue: list = dataclasses.field(default_factory=list)  # batches left of this epoch
+    loss: float = 0.0  # sum since the last log line
+    samples: int = 0
+    tokens: int = 0  # padding included
+    step_seconds: float = 0.0
+    recorded_tokens: int = 0  # the same of the steps that were recorded for a score
+    recorded_seconds: float = 0.0
+    search_seconds: float = 0.0  # of scoring and allocating
+    evaluations: list = dataclasses.field(default_factory=list)
+
+    def count(self, step, loss, batch, seconds, is_recorded):
+        """Count a step that has been made."""
+        (input_ids, *_), labels = batch
+        self.step = step
+        self.loss += loss
+        self.samples += len(labels)
+        self.tokens += input_ids.numel()
+        self.step_seconds += seconds
+        if is_recorded:
+            self.recorded_tokens += input_ids.numel()
+            self.recorded_seconds += seconds
+
+
+@dataclasses.dataclass
 class State:
     """The objects that change while a run trains. Random numbers of dropout are torch's own."""
 
@@ -63,7 +91,6 @@ class State:
                     recorded[name] = list(self.search.recorded[adapter])
             state["search"] = {
                 "history": self.search.history,
-                "highest_ranks": self.search.highest_ranks,
                 "generator": self.search.generator.get_state(),
                 "recorded": recorded,
                 "recorded_steps": self.search.recorded_steps,
@@ -86,7 +113,6 @@ class State:
         if self.search:
             saved = state["search"]
             self.search.history = saved["history"]
-            self.search.highest_ranks = saved["highest_ranks"]
             self.search.generator.set_state(saved["generator"])
             self.search.recorded_steps = saved["recorded_steps"]
             for name, sums in saved["recorded"].items():
@@ -120,11 +146,15 @@ def read_learned(folder):
     return read_pickle(path, ("ranks", "adapters", "head", "labels", "texts"))
 
 
-def put_learned(folder, learned, model, adapters):
+def put_learned(folder, learned, args, model, adapters):
     """Put what was learned into a model built from the same flags. Raises InputError."""
     config = read_json(os.path.join(folder, "config.json"))
     if config.get("checkpoint") != model.checkpoint:
-        raise InputError(f"{model.args.model} has other weights than when {folder} began")
+        raise InputError(f"{args.model} has other weights than when {folder} began")
+    model.args = args
+    model.adapters = adapters
+    model.labels = learned["labels"]
+    model.texts = learned["texts"]
     try:
         if "encoder" in learned:
             model.encoder.load_state_dict(learned["encoder"])

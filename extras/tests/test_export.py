@@ -83,6 +83,15 @@ def read(path):
 
 
 @torch.no_grad()
+def test_the_merged_weight_computes_what_the_adapted_linear_computes():
+    linear = heterolora.LoRALinear(torch.nn.Linear(6, 4), heterolora.LoRA(6, 4, 3, alpha=5))
+    torch.nn.init.normal_(linear.adapter.B)
+    linear.adapter.rank = 2
+    x = torch.randn(8, 6)
+    merged = F.linear(x, export.merged_weight(linear), linear.host.bias)
+    torch.testing.assert_close(linear(x), merged)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_a_merged_run_computes_the_same_without_adapters(

@@ -1,0 +1,187 @@
+"""Claims about the folder of a run: resumed, finished, loaded, and with another kind of adapter."""
+
+import itertools
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import extras.runs
+import extras.state
+import heterolora
+import train
+from data import InputError
+from model import Encoder
+from test_heterolora import SMALL, copy_builtin, inject, read_losses, run
+
+
+@pytest.mark.parametrize("file", ["result.json", "state.pt", "log.jsonl"])
+def test_a_new_run_does_not_take_files_that_lie_in_its_folder_for_its_own(tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    assert run("--method", "head", out=tmp_path) == 2
+
+
+def test_a_run_that_broke_off_before_its_first_state_begins_anew(tmp_path, monkeypatch):
+    def fail(self, state):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extras.runs.Run, "save", fail)
+        assert run(out=tmp_path / "a") == 1
+    assert train.main(["--resume", str(tmp_path / "a")]) == 0
+    lines = (tmp_path / "a" / "history.jsonl").read_text().splitlines()
+    assert sum("modules" in json.loads(line) for line in lines) == 1
+
+
+def test_a_run_follows_its_checkpoint_to_another_folder(tmp_path):
+    flags = ["--method", "head", "--model", copy_builtin(tmp_path / "old")]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(*flags, out=tmp_path / "a") == 130
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert train.main(["--resume", str(tmp_path / "a"), "--model", str(tmp_path / "new")]) == 0
+    assert train.load_run(tmp_path / "a").labels == ["0", "1"]
+
+
+def test_what_recording_adds_counts_as_search_and_not_as_training():
+    progress = extras.state.Progress()
+    progress.count(1, 0.5, ((torch.zeros(2, 50),), torch.zeros(2)), 1.0, False)
+    progress.count(2, 0.5, ((torch.zeros(2, 100),), torch.zeros(2)), 2.6, True)
+    assert extras.runs.extra_seconds(progress) == pytest.approx(0.6)
+
+
+def stop_after(monkeypatch, steps):
+    """Ask for a stop in the given step, as Ctrl-C does."""
+    counter = itertools.count(1)
+    step = train.update
+
+    def update(*arguments):
+        step(*arguments)
+        if next(counter) == steps:
+            os.kill(os.getpid(), extras.state.signal.SIGINT)
+
+    monkeypatch.setattr(train, "update", update)
+
+
+def run_whole_and_cut(tmp_path, monkeypatch, flags):
+    """Run the same flags in one go, and interrupted and resumed -> what both have learned"""
+    assert run(*flags, out=tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert run(*flags, out=tmp_path / "cut") == 130
+    with open(tmp_path / "cut" / "log.jsonl", "a") as file:
+        file.write('{"loss": 0.1}\n')  # what a step after the saved one has logged
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+    return [torch.load(tmp_path / name / "adapters.pt") for name in ("whole", "cut")]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--realloc-every", "0.7"],
+        ["--realloc-every", "0.7", "--proxy", "constant"],
+        ["--realloc-every", "1", "--proxy", "spectral", "--allocator", "greedy-ranks"],
+        ["--method", "full"],
+    ],
+)
+def test_an_interrupted_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, flags):
+    model = copy_builtin(tmp_path / "model", hidden_dropout_prob=0.1)
+    flags = [*flags, "--max-steps", "8", "--model", model, "--batch-size", "32"]
+    whole, cut = run_whole_and_cut(tmp_path, monkeypatch, flags)
+    assert whole["ranks"] == cut["ranks"]
+    torch.testing.assert_close(whole["adapters"], cut["adapters"], rtol=0, atol=0)
+    torch.testing.assert_close(whole["head"], cut["head"], rtol=0, atol=0)
+    assert read_losses(tmp_path / "whole") == read_losses(tmp_path / "cut")
+    assert not (tmp_path / "cut" / "state.pt").exists()
+
+
+def test_a_finished_run_is_not_done_again_and_its_folder_not_overwritten(tmp_path, capsys):
+    assert run("--method", "head", out=tmp_path / "a") == 0
+    assert train.main(["--resume", str(tmp_path / "a")]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert run("--method", "head", out=tmp_path / "a") == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_loaded_run_gives_the_same_figures(tmp_path, precision):
+    assert run("--budget", "25%", "--precision", precision, out=tmp_path / "a") == 0
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    model = train.load_run(str(tmp_path / "a"))
+    task = data.load_task("paraphrase")
+    split = data.Split(task.dev, model.tokenizer, 128, "cpu")
+    values = train.evaluate(model, split, task.metric)
+    tolerance = 1e-5 if precision == "float32" else 0.01  # a loaded run is in float32
+    assert values["accuracy"] == pytest.approx(result["last"], abs=2 * tolerance)
+    assert not model.training
+    assert values["loss"] == pytest.approx(result["dev"]["loss"], rel=tolerance)
+
+
+def test_a_run_is_not_put_on_other_weights(tmp_path):
+    model = copy_builtin(tmp_path / "model")
+    assert run("--method", "head", "--model", model, out=tmp_path / "a") == 0
+    weights = bytearray((tmp_path / "model" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # one bit of the last tensor
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match="other weights"):
+        train.load_run(str(tmp_path / "a"))
+
+
+def test_ever_trained_counts_the_highest_rank_that_every_module_had():
+    adapters = inject(Encoder(SMALL), ["q", "v"], [], 4, 8.0)
+    search = heterolora.HeteroLoRA(None, adapters, 600, None)
+    search.history = [{"ranks": {"layers.0.q": 3}}, {"ranks": {"layers.0.q": 1, "layers.1.v": 4}}]
+    args = train.parse_args([])
+    highest = extras.runs.highest_ranks(args, search)
+    assert heterolora.cost(adapters, highest) == 32 * (3 + 4)
+    args.warmup_steps = 10  # all modules have had a rank
+    highest = extras.runs.highest_ranks(args, search)
+    assert heterolora.cost(adapters, highest) == 32 * (3 + 4 + 4)
+
+
+# -------------------------------------------------------------------------- another kind of adapter
+
+
+class Tied(nn.Module):
+    """dW = scale * B A diag(d), with A and B shared by all modules of the same shape."""
+
+    def __init__(self, d_in, d_out, rank, alpha, generator=None):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, d_in, generator=generator) / d_in**0.5)
+        self.up = nn.Parameter(torch.zeros(d_out, rank))
+        self.gain = nn.Parameter(torch.ones(d_in))
+        self.rank = rank
+        self.max_rank = rank
+        self.scale = alpha / rank
+
+    def attach(self, name, host, adapters):
+        for other in adapters.values():
+            if other.down.shape == self.down.shape and other.up.shape == self.up.shape:
+                self.down = other.down
+                self.up = other.up
+
+    def active(self, rank):
+        blocks = [(self.down, (slice(rank),)), (self.up, (slice(None), slice(rank)))]
+        return [*blocks, (self.gain, (slice(None) if rank else slice(0),))]
+
+    def forward(self, x, rank=None):
+        rank = self.rank if rank is None else rank
+        return self.scale * (x * self.gain) @ self.down[:rank].T @ self.up[:, :rank].T
+
+
+def test_another_kind_with_shared_parameters_is_counted_searched_saved_and_resumed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(heterolora.ADAPTERS, "tied", Tied)
+    encoder = Encoder(SMALL)
+    adapters = inject(encoder, ["q", "v"], [], 4, 8.0, adapter=Tied)
+    assert heterolora.cost(adapters) == 4 * (16 + 16) + 6 * 16  # A and B once, six gains
+    flags = ["--adapter", "tied", "--shortcuts", "none", "--budget", "2500", "--max-steps", "8"]
+    whole, cut = run_whole_and_cut(tmp_path, monkeypatch, flags)
+    torch.testing.assert_close(whole["adapters"], cut["adapters"], rtol=0, atol=0)
+    result = json.loads((tmp_path / "cut" / "result.json").read_text())
+    assert 0 < result["params_active"] <= 2500
+    assert train.load_run(str(tmp_path / "cut")).adapters
