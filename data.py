@@ -1,6 +1,7 @@
-"""Text in, batches out: GLUE tasks, their metrics, and batches of examples of similar length.
+"""Text in, batches out: tasks and their files, metrics, and batches of examples of similar length.
 
     task = load_task("mrpc", "path/to/glue")        # Task(train, dev, labels, metric)
+    task = load_task("path/to/folder")              # your own train.tsv and dev.tsv
     tokenizer = load_tokenizer("path/to/checkpoint")
     split = Split(task.train, tokenizer, max_length=128, device="cpu")
     for indices in batches(split.lengths, 16, generator):
@@ -12,7 +13,6 @@ An example is a tuple (text, second text or None, number of its label).
 import dataclasses
 import math
 import os
-import zlib
 from typing import Callable
 
 import numpy as np
@@ -24,7 +24,7 @@ class InputError(ValueError):
 
 
 # ------------------------------------------------------------------------------------- metrics
-# Each takes two lists of class numbers and gives {name: value}, the main metric first.
+# Each takes two lists of class numbers and gives {name: value}, the main one first. 1 is positive.
 
 
 def accuracy(predictions, labels):
@@ -32,25 +32,26 @@ def accuracy(predictions, labels):
     return {"accuracy": float(np.mean(np.equal(predictions, labels)))}
 
 
+def f1(predictions, labels):
+    """Return F1, the harmonic mean of precision and recall. It is 0 where undefined."""
+    predicted = np.equal(predictions, 1)
+    true = np.equal(labels, 1)
+    return {"f1": float(2 * (predicted & true).sum() / max(predicted.sum() + true.sum(), 1))}
+
+
 def accuracy_and_f1(predictions, labels):
-    """Return accuracy, and F1 of class 1 (0 where undefined): GLUE's metrics of MRPC and QQP."""
-    predicted = np.asarray(predictions) == 1
-    true = np.asarray(labels) == 1
-    hits = (predicted & true).sum()
-    f1 = 2 * hits / max(predicted.sum() + true.sum(), 1)
-    return accuracy(predictions, labels) | {"f1": float(f1)}
+    """Return both: GLUE's metrics of MRPC and QQP."""
+    return accuracy(predictions, labels) | f1(predictions, labels)
 
 
 def matthews(predictions, labels):
-    """Return the Matthews correlation, which GLUE reports for CoLA. It is 0 where undefined."""
-    predicted = np.asarray(predictions) == 1
-    true = np.asarray(labels) == 1
-    tp = int((predicted & true).sum())
-    tn = int((~predicted & ~true).sum())
-    fp = int((predicted & ~true).sum())
-    fn = int((~predicted & true).sum())
-    scale = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    return {"matthews": (tp * tn - fp * fn) / (scale or 1.0)}
+    """Return the Matthews correlation, Pearson's of two classes. It is 0 where undefined."""
+    if np.std(predictions) == 0 or np.std(labels) == 0:
+        return {"matthews": 0.0}
+    return {"matthews": float(np.corrcoef(predictions, labels)[0, 1])}
+
+
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 
 
 # --------------------------------------------------------------------------------------- tasks
@@ -68,52 +69,58 @@ class Task:
 
 @dataclasses.dataclass
 class GlueFormat:
-    """Where a GLUE task lies and how its files are read.
-
-    Columns are names from the header line, or numbers where the file has no header (CoLA).
-    """
+    """Where a GLUE task lies, and its columns; header: where no first line names them (CoLA)."""
 
     folder: str
     texts: tuple
-    label: str | int
+    label: str
     labels: tuple
     metric: Callable
     dev_file: str = "dev.tsv"
+    header: tuple | None = None
 
 
 BINARY = ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
+MNLI = ("entailment", "neutral", "contradiction")
+PAIR = ("sentence1", "sentence2")
+COLA = ("source", "label", "star", "sentence")
 GLUE = {
     "mrpc": GlueFormat("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, accuracy_and_f1),
-    "rte": GlueFormat("RTE", ("sentence1", "sentence2"), "label", ENTAILMENT, accuracy),
+    "rte": GlueFormat("RTE", PAIR, "label", ENTAILMENT, accuracy),
     "sst2": GlueFormat("SST-2", ("sentence",), "label", BINARY, accuracy),
-    "cola": GlueFormat("CoLA", (3,), 1, BINARY, matthews),
+    "cola": GlueFormat("CoLA", ("sentence",), "label", BINARY, matthews, header=COLA),
     "qnli": GlueFormat("QNLI", ("question", "sentence"), "label", ENTAILMENT, accuracy),
     "qqp": GlueFormat("QQP", ("question1", "question2"), "is_duplicate", BINARY, accuracy_and_f1),
-    "mnli": GlueFormat(
-        "MNLI",
-        ("sentence1", "sentence2"),
-        "gold_label",
-        ("entailment", "neutral", "contradiction"),
-        accuracy,
-        "dev_matched.tsv",
-    ),
+    "mnli": GlueFormat("MNLI", PAIR, "gold_label", MNLI, accuracy, "dev_matched.tsv"),
 }
 BUILT_IN = ("paraphrase", "entailment", "sentiment", "acceptability")  # extras/language.py
 
 
 def load_task(name, data_dir=None):
-    """Return a built-in task, or a GLUE task from the folder data_dir.
+    """Return a built-in task, a GLUE task from data_dir, or one of your own from the folder `name`.
 
-    data_dir holds MRPC/train.tsv and so on. Without it the task is downloaded into the cache.
-    Raises InputError for an unknown name, a missing folder, or a file that cannot be read.
+    data_dir holds MRPC/train.tsv and so on; without it GLUE is downloaded into the cache. A folder
+    of your own holds train.tsv and dev.tsv (extras/tables.py). Raises InputError.
     """
     if name in BUILT_IN:
         from extras.language import make_task
 
         return make_task(name)
-    if name not in GLUE:
-        raise InputError(f"no task {name!r}; there are: {', '.join((*BUILT_IN, *GLUE))}")
+    if name in GLUE:
+        return load_glue(name, data_dir)
+    if os.path.isdir(name):
+        from extras.tables import load_own
+
+        return load_own(name)
+    known = ", ".join((*BUILT_IN, *GLUE))
+    raise InputError(f"no task {name!r}: want a folder that holds train.tsv, or one of {known}")
+
+
+def load_glue(name, data_dir):
+    """Return a GLUE task. Raises InputError."""
+    from extras.tables import read_table, to_examples
+
     form = GLUE[name]
     if data_dir is None:
         from extras.downloads import glue_folder
@@ -121,13 +128,13 @@ def load_task(name, data_dir=None):
         data_dir = glue_folder(name)
     folder = os.path.join(data_dir, form.folder)
     if not os.path.isdir(folder):
-        raise InputError(
-            f"{data_dir} has no folder {form.folder} in it: "
-            f"--data-dir is the folder above {form.folder}/train.tsv"
-        )
-    train = read_glue(os.path.join(folder, "train.tsv"), form)
-    dev = read_glue(os.path.join(folder, form.dev_file), form)
-    return Task(train, dev, form.labels, form.metric)
+        raise InputError(f"{data_dir} has no {form.folder}/ in it: --data-dir is the folder above")
+    task = Task([], [], form.labels, form.metric)
+    for file, part in (("train.tsv", task.train), (form.dev_file, task.dev)):
+        path = os.path.join(folder, file)
+        rows = read_table(path, [form.texts], form.label, form.header)
+        part += to_examples(path, rows, form.labels)
+    return task
 
 
 def read_text(path):
@@ -141,51 +148,6 @@ def read_text(path):
         raise InputError(f"{path}: byte {error.start} is not UTF-8: save it as UTF-8") from None
 
 
-def read_glue(path, form):
-    """Return the examples of one GLUE file. Raises InputError with the line that is wrong.
-
-    Only tabs and line ends are syntax. Quotes are ordinary characters: MRPC has unbalanced ones.
-    """
-    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
-    if lines[-1] == "":
-        lines.pop()
-    if not lines:
-        raise InputError(f"{path}: the file is empty")
-
-    columns = [*form.texts, form.label]
-    first_line = 1
-    width = max(columns) + 1 if isinstance(form.label, int) else None
-    if width is None:  # the file has a header
-        header = lines.pop(0).split("\t")
-        missing = [column for column in columns if column not in header]
-        if missing:
-            raise InputError(
-                f"{path}, line 1: no column {', '.join(missing)}; "
-                f"there are, separated by tabs: {', '.join(header)}"
-            )
-        columns = [header.index(column) for column in columns]
-        width = len(header)
-        first_line = 2
-
-    examples = []
-    for number, line in enumerate(lines, first_line):
-        cells = line.split("\t")
-        if "\0" in line:
-            raise InputError(f"{path}, line {number}: a NUL byte; is the file damaged, or UTF-16?")
-        if len(cells) != width:
-            raise InputError(f"{path}, line {number}: {len(cells)} columns instead of {width}")
-        *texts, label = [cells[column] for column in columns]
-        if label not in form.labels:
-            raise InputError(
-                f"{path}, line {number}: label {label!r} is not one of {', '.join(form.labels)}"
-            )
-        pair = texts[1] if len(texts) == 2 else None
-        examples.append((texts[0], pair, form.labels.index(label)))
-    if not examples:
-        raise InputError(f"{path}: no examples in it")
-    return examples
-
-
 def hold_out(task, share):
     """Return a task whose dev set is a share of its training set, and is not trained on.
 
@@ -195,8 +157,11 @@ def hold_out(task, share):
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(1)).tolist()
     wanted = max(1, round(share * len(order)))
     held_texts = {task.train[i][:2] for i in order[:wanted]}
-    train = [example for example in task.train if example[:2] not in held_texts]
-    dev = [example for example in task.train if example[:2] in held_texts]
+    train = []
+    dev = []
+    for example in task.train:
+        part = dev if example[:2] in held_texts else train
+        part.append(example)
     if not train:
         raise InputError(f"--holdout {share} of {len(order)} examples leaves nothing to train on")
     return Task(train, dev, task.labels, task.metric)
@@ -206,10 +171,9 @@ def hold_out(task, share):
 
 
 def load_tokenizer(folder):
-    """Return the tokenizer of a Hugging Face folder of a BERT or RoBERTa.
+    """Return the tokenizer of a Hugging Face folder. Raises InputError.
 
     tokenizer.encode(text, pair=None, max_length=None) gives (input_ids, token_type_ids).
-    Raises InputError if there is no vocabulary, or a damaged one.
     """
     from extras.tokenizers import load_tokenizer
 
@@ -217,10 +181,9 @@ def load_tokenizer(folder):
 
 
 def pad(sequences, pad_id, length=0):
-    """Turn a list of (input_ids, token_type_ids) into three tensors (B, T).
+    """Turn a list of (input_ids, token_type_ids) into three tensors (B, T), T at least `length`.
 
-    They are input_ids, attention_mask (1 for real tokens) and token_type_ids. T is `length`, or
-    the longest sequence if that is longer.
+    They are input_ids, attention_mask (1 for real tokens) and token_type_ids.
     """
     B = len(sequences)
     T = max(length, max(len(ids) for ids, _ in sequences))
@@ -237,9 +200,8 @@ def pad(sequences, pad_id, length=0):
 def batches(lengths, batch_size, generator=None):
     """Return one epoch of batches, as lists of indices into `lengths`.
 
-    With a generator: shuffle, sort by length within groups of 50 batches, and shuffle the batches.
-    So a batch has little padding, and its company changes every epoch.
-    Without one (evaluation): sort everything by length.
+    With a generator: shuffle, sort by length within groups of 50 batches, and shuffle the batches,
+    so that there is little padding. Without one (evaluation): sort everything by length.
     """
     n = len(lengths)
     order = list(range(n))
@@ -260,18 +222,22 @@ class Split:
     """The tokenized examples of one split. split[list of indices] is a batch on the device."""
 
     def __init__(self, examples, tokenizer, max_length, device):
-        self.encoded = [tokenizer.encode(text, pair, max_length) for text, pair, _ in examples]
-        self.lengths = [len(ids) for ids, _ in self.encoded]
-        self.labels = [label for _, _, label in examples]
+        self.encoded = []  # (input_ids, token_type_ids) of every example
+        self.lengths = []
+        self.labels = []
+        for text, pair, label in examples:
+            ids, types = tokenizer.encode(text, pair, max_length)
+            self.encoded.append((ids, types))
+            self.lengths.append(len(ids))
+            self.labels.append(label)
         self.pad_id = tokenizer.pad_id
         self.max_length = max_length
         self.device = device
 
     def __getitem__(self, indices):
         """Return (input_ids, attention_mask, token_type_ids), each (B, T), and labels (B,)."""
-        # The libraries beneath torch keep code for every shape: round T up to a multiple of 8.
         longest = max(self.lengths[i] for i in indices)
-        T = min(math.ceil(longest / 8) * 8, self.max_length)
+        T = min(math.ceil(longest / 8) * 8, self.max_length)  # fewer shapes to prepare code for
         inputs = pad([self.encoded[i] for i in indices], self.pad_id, T)
         labels = torch.tensor([self.labels[i] for i in indices], device=self.device)
         return tuple(tensor.to(self.device) for tensor in inputs), labels
@@ -285,10 +251,3 @@ class Split:
         for chunk in batches(lengths, batch_size, generator):
             sampled.append(self[[drawn[i] for i in chunk]])
         return sampled
-
-    def checksum(self):
-        """Return a number that tells whether a resumed run has the data that it began with."""
-        total = 0
-        for encoded, label in zip(self.encoded, self.labels, strict=True):
-            total = zlib.crc32(repr((encoded, label)).encode(), total)
-        return total

@@ -30,7 +30,7 @@ from model import Classifier, load_pretrained
 
 METHODS = ("dynamic", "static", "lora", "head", "full")
 EPOCHS = {"mrpc": 5, "rte": 10, "cola": 5, "sst2": 1, "qnli": 1, "qqp": 1, "mnli": 1}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = ("float32", "bfloat16")
 
 HEAD_LR = 1e-3  # the head starts from nothing, whatever the adapters do
 WEIGHT_DECAY = 0.01  # on matrices
@@ -72,7 +72,8 @@ def parse_args(argv=None):
         prog="train.py", description="HeteroLoRA and its baselines under a parameter budget."
     )
     add = parser.add_argument_group("task and model").add_argument
-    add("--task", choices=(*data.BUILT_IN, *data.GLUE), default="paraphrase")
+    add("--task", default="paraphrase", help="built-in, GLUE, or a folder with your own train.tsv")
+    add("--metric", choices=data.METRICS, help="of tasks with two classes, beside accuracy")
     add("--data-dir", help="folder that holds MRPC/train.tsv and so on (default: downloaded)")
     add("--train-limit", type=whole, help="train on so many examples")
     add("--holdout", type=positive, help="evaluate on this share of the training set, not on dev")
@@ -103,7 +104,11 @@ def parse_args(argv=None):
     add("--lr", type=positive, help="2e-3 built-in, else 1e-3; for full 3e-4, else 5e-5")
     add("--seed", type=number(int, -1), default=0)
     add("--device", help="cpu, cuda, cuda:1 ... (cuda if there is one)")
-    add("--precision", choices=DTYPES, help="of frozen weights (bfloat16 if the processor has it)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="of frozen weights (bfloat16 if the processor has it)",
+    )
     add("--out", metavar="DIR", help="a new folder for config, logs, state, result and adapters")
     add("--resume", metavar="DIR", help="go on with a run that was interrupted")
 
@@ -144,8 +149,15 @@ def generator(seed, purpose):
 
 
 def read_task(args):
-    """Return the task with the training and dev examples that the flags ask for."""
+    """Return the task with the examples and the metric that the flags ask for."""
     task = data.load_task(args.task, args.data_dir)
+    if os.path.isdir(args.task):
+        args.task = os.path.abspath(args.task)
+    if args.metric and len(task.labels) != 2:
+        raise InputError(f"--metric {args.metric} is of two classes; there are {len(task.labels)}")
+    if args.metric:
+        metric = data.METRICS[args.metric]
+        task.metric = lambda *both: metric(*both) | data.accuracy(*both)
     if args.train_limit:
         order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
         task.train = [task.train[i] for i in order[: args.train_limit].sort().values]
@@ -157,11 +169,11 @@ def prepare(args):
 
     Whatever is wrong with the input raises InputError here, before any training.
     """
-    from extras.fast_cpu import has_fast_bfloat16
+    from extras import devices
 
     is_built_in = args.model == "built-in"
     is_full = args.method == "full"
-    if is_built_in and args.task in data.GLUE:
+    if is_built_in and (args.task in data.GLUE or os.path.isdir(args.task)):
         raise InputError(f"task {args.task} needs --model: a checkpoint folder or a hub id")
     if is_full and args.precision == "bfloat16":
         raise InputError("--precision bfloat16 is of frozen weights, and --method full has none")
@@ -169,23 +181,17 @@ def prepare(args):
         args.data_dir = os.path.abspath(args.data_dir)
     task = read_task(args)
     tokenizer, model, adapters = build(args, len(task.labels))
-    device = find_device(args.device)
-    bfloat16 = not is_full and has_fast_bfloat16(device)
-    args.precision = args.precision or ("bfloat16" if bfloat16 else "float32")
+    device = devices.find_device(args.device)
+    if is_full:
+        args.precision = "float32"
+    args.precision = args.precision or devices.best_precision(device)
     args.epochs = args.epochs or EPOCHS.get(args.task, 4)
     args.batch_size = args.batch_size or (32 if is_built_in else 16)
     if is_full:
         args.lr = args.lr or (3e-4 if is_built_in else 5e-5)
     args.lr = args.lr or (2e-3 if is_built_in else 1e-3)
-    round_frozen(model, args.precision)
+    devices.round_frozen(model.encoder, args.precision)
     return task, tokenizer, model.to(device), adapters
-
-
-def round_frozen(model, precision):
-    """Store the frozen weights of the encoder in a precision, which also computes with them."""
-    for parameter in model.encoder.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPES[precision])
 
 
 def build(args, num_labels):
@@ -227,16 +233,6 @@ def build(args, num_labels):
 def size(adapters):
     """Return the parameters of the whole search space."""
     return heterolora.cost(adapters, {name: a.max_rank for name, a in adapters.items()})
-
-
-def find_device(name):
-    """Return the torch.device that was asked for, or the best. Raises InputError."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def loss_fn(model, batch):
@@ -318,7 +314,7 @@ def train(args):
     finite, and KeyboardInterrupt after Ctrl-C, when the state has been saved.
     """
     from extras import fast_cpu, runs
-    from extras.state import Progress, State, StopSignal
+    from extras.state import Progress, State, StopSignal, data_checksum
     from extras.warm_up import warmed_up
 
     run = runs.Run(args.out, is_new=not args.resume)
@@ -332,7 +328,8 @@ def train(args):
     train_set = data.Split(task.train, tokenizer, args.max_length, device)
     dev_set = data.Split(task.dev, tokenizer, args.max_length, device)
     budget = int(args.budget or 0)
-    run.log(f"data    {args.task}: {len(train_set.labels):,} train, {len(dev_set.labels):,} dev")
+    sizes = f"{len(train_set.labels):,} train, {len(dev_set.labels):,} dev"
+    run.log(f"data    {args.task}: {sizes}, classes {', '.join(task.labels)}")
     run.log(f"model   {len(adapters)} modules, {size(adapters):,} parameters, budget {budget:,}")
 
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
@@ -349,7 +346,7 @@ def train(args):
     state = State(
         progress, device, model, adapters, optimizer, schedule, search, data_order, probing
     )
-    run.data_checksum = [train_set.checksum(), dev_set.checksum()]
+    run.data_checksum = [data_checksum(split, task.labels) for split in (train_set, dev_set)]
 
     with StopSignal() as stop:  # Ctrl-C lets the first allocation or a step end, and is saved then
         if run.has_state():

@@ -14,6 +14,7 @@ import copy
 import datetime
 import json
 import math
+import os
 import statistics
 import sys
 import warnings
@@ -114,7 +115,7 @@ def read_results(path):
 
 def run(spec, flags, path):
     """Train once, unless the file at path has the result -> result, or {"failed": reason}"""
-    kept = vars(flags).copy()
+    kept = vars(flags) | {"task": os.path.basename(flags.task)}
     for name in NO_MATTER | UNUSED[flags.method]:
         kept.pop(name, None)
     key = json.dumps(kept, sort_keys=True)

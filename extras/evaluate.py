@@ -9,6 +9,7 @@ import sys
 import data
 import train
 from data import InputError
+from extras.devices import round_frozen
 from extras.fast_cpu import accelerate
 from extras.runs import in_words
 
@@ -27,7 +28,7 @@ def evaluate_run(folder, task_name=None, data_dir=None, checkpoint=None):
             f"{name} has {texts} and {', '.join(task.labels)}"
         )
     split = data.Split(task.dev, model.tokenizer, model.args.max_length, "cpu")
-    train.round_frozen(model, model.args.precision)  # as in training: the run's figures come out
+    round_frozen(model.encoder, model.args.precision)  # as in training: the run's figures come out
     accelerate(model)
     return train.evaluate(model, split, task.metric)
 

@@ -19,14 +19,6 @@ def processor_name():
     return str(torch.cpu.get_capabilities().get("cpu_name"))
 
 
-def has_fast_bfloat16(device):
-    """Tell whether the processor multiplies bfloat16 matrices faster than float32 ones."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
 def accelerate(model):
     """Swap the slow modules of a Classifier's encoder, or of an Encoder, in place.
 

@@ -1,6 +1,7 @@
 """Classify text with a finished run: python -m extras.predict RUN "One text." ["Its second text."]
 
-Without a text, every line of standard input is one example; a tab stands between two texts.
+Without a text, every line of standard input is one example; a tab stands between two texts. Every
+line has its answer, in the same order.
 """
 
 import argparse
@@ -12,20 +13,57 @@ import data
 import train
 from data import InputError
 
+BATCH = 32  # lines that are classified together; one by one where somebody types them
 
-def predict(model, texts):
-    """Return the label of a tuple of texts and its probability. Raises InputError."""
+
+def predict(model, examples):
+    """Return [(label, probability)] of tuples of texts. Raises InputError."""
+    encoded = []
+    for texts in examples:
+        encoded.append(model.tokenizer.encode(*texts, max_length=model.args.max_length))
+    with torch.inference_mode():
+        logits = model(*data.pad(encoded, model.tokenizer.pad_id))
+    probabilities, numbers = logits.softmax(1).max(1)
+    if not probabilities.isfinite().all():
+        raise InputError("the run gives no finite probability: are its weights damaged?")
+    labels = [model.labels[number] for number in numbers]
+    return list(zip(labels, probabilities.tolist(), strict=True))
+
+
+def check(model, texts, place=""):
+    """Raise InputError if an example has not as many texts as those of the training data."""
     if len(texts) != model.texts:
         raise InputError(
-            f"the run takes {model.texts} text(s) for an example, and {len(texts)} came"
+            f"{place}the run wants {model.texts} text(s) in an example, not {len(texts)}"
         )
-    encoded = model.tokenizer.encode(*texts, max_length=model.args.max_length)
-    with torch.inference_mode():
-        logits = model(*data.pad([encoded], model.tokenizer.pad_id))
-    probability, number = logits.softmax(1)[0].max(0)
-    if not probability.isfinite():
-        raise InputError("the run gives no finite probability: are its weights damaged?")
-    return model.labels[number], probability.item()
+
+
+def examples_of(lines, model):
+    """Yield the examples of lines of bytes. Raises InputError with the number of a wrong line."""
+    for number, line in enumerate(lines, 1):
+        try:
+            texts = line.decode().removesuffix("\n").removesuffix("\r").split("\t")
+        except UnicodeDecodeError as error:
+            raise InputError(f"line {number}, byte {error.start}: not UTF-8") from None
+        check(model, texts, f"line {number}: ")
+        yield texts
+
+
+def in_batches(examples, size):
+    """Yield lists of `size` examples. What came before a wrong one is yielded before its error."""
+    batch = []
+    try:
+        for example in examples:
+            batch.append(example)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except InputError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
 
 
 def main(argv=None):
@@ -37,13 +75,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         model = train.load_run(args.run, args.model)
-        examples = [args.texts]
-        if not args.texts:
-            examples = (line.rstrip("\r\n").split("\t") for line in sys.stdin)
-        for example in examples:
-            label, probability = predict(model, example)
-            print(f"label {label} | probability {probability:.4f}", flush=True)
-    except InputError as error:
+        if args.texts:
+            check(model, args.texts)
+            batches = [[args.texts]]
+        else:
+            if sys.stdin is None:
+                raise InputError("no text is given, and standard input is closed")
+            size = 1 if sys.stdin.isatty() else BATCH
+            batches = in_batches(examples_of(sys.stdin.buffer, model), size)
+        for batch in batches:
+            for label, probability in predict(model, batch):
+                print(f"label {label} | probability {probability:.4f}", flush=True)
+    except (InputError, OSError) as error:
         print(f"predict: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -14,13 +14,13 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 
 import torch
 
 import heterolora
 from data import InputError
 from extras.checkpoints import read_pickle
+from extras.devices import peak_memory_mb
 from extras.files import read_json, write
 from extras.show import changes, grid
 from extras.state import collect_learned
@@ -39,7 +39,7 @@ def resumed_args(parser, args, argv):
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = vars(parser.parse_args(argv, unset))
     given = {name: value for name, value in given.items() if value is not None}
-    extra = sorted(set(given) - {"resume", "model", "data_dir", "device"})
+    extra = sorted(set(given) - {"resume", "model", "task", "data_dir", "device"})
     if extra:
         parser.error(f"--resume takes its flags from the run, and no {', '.join(extra)}")
     path = os.path.join(args.resume, "config.json")
@@ -234,7 +234,7 @@ def summarise(args, model, adapters, search, progress, device):
     recording_seconds = extra_seconds(progress)
     train_seconds = progress.step_seconds - recording_seconds
     return {
-        "task": args.task,
+        "task": os.path.basename(args.task),
         "method": args.method,
         "proxy": args.proxy if search else None,
         "seed": args.seed,
@@ -273,15 +273,3 @@ def extra_seconds(progress):
         return 0.0
     per_token = (progress.step_seconds - progress.recorded_seconds) / plain_tokens
     return progress.recorded_seconds - progress.recorded_tokens * per_token
-
-
-def peak_memory_mb(device):
-    """Return the peak memory of the GPU, or of this process since it began. None if not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource  # which Windows does not have
-    except ImportError:
-        return None
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -29,6 +29,14 @@ def checksum(encoder):
     return total
 
 
+def data_checksum(split, labels):
+    """Return a number that tells whether a resumed run has the data that it began with."""
+    total = zlib.crc32(repr(labels).encode())
+    for encoded, label in zip(split.encoded, split.labels, strict=True):
+        total = zlib.crc32(repr((encoded, label)).encode(), total)
+    return total
+
+
 @dataclasses.dataclass
 class Progress:
     """What a run counts."""

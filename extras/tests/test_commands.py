@@ -37,16 +37,37 @@ def test_evaluate_refuses_a_task_of_another_form(run, capsys):
     assert "sentiment has 1" in capsys.readouterr().err
 
 
+def answer(monkeypatch, capsys, run, content):
+    """Run predict on the bytes of standard input -> (exit status, lines, error)"""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    status = predict.main([run])
+    captured = capsys.readouterr()
+    return status, captured.out.splitlines(), captured.err
+
+
 def test_predict_answers_texts_and_lines_alike(run, capsys, monkeypatch):
     assert predict.main([run, "a doctor helps a cook .", "a cook helps a doctor ."]) == 0
-    first = capsys.readouterr().out
-    lines = "a doctor helps a cook .\ta cook helps a doctor .\n" * 2
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    assert predict.main([run]) == 0
-    assert capsys.readouterr().out == first * 2
-    assert first.startswith("label ")
+    (alone,) = capsys.readouterr().out.splitlines()
+    lines = b"a doctor helps a cook .\ta cook helps a doctor .\r\n" * 70 + b"\t"
+    status, answers, _ = answer(monkeypatch, capsys, run, lines)
+    assert status == 0
+    assert len(answers) == 71
+    assert set(answers[:70]) == {alone}
+    assert alone.startswith("label ")
 
 
-def test_predict_refuses_one_text_where_two_are_wanted(run, capsys):
+@pytest.mark.parametrize("bad", [b"only one text\n", b"a\tb\tc\n", b"a\t\xff\n"])
+def test_predict_answers_all_lines_before_a_bad_one_and_names_it(run, capsys, monkeypatch, bad):
+    lines = b"a cook .\ta doctor .\n" * 40 + bad + b"a cook .\ta doctor .\n"
+    status, answers, error = answer(monkeypatch, capsys, run, lines)
+    assert status == 2
+    assert len(answers) == 40
+    assert "line 41" in error
+
+
+def test_predict_refuses_one_text_where_two_are_wanted_and_a_closed_input(run, capsys, monkeypatch):
     assert predict.main([run, "only one"]) == 2
     assert "2 text(s)" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert predict.main([run]) == 2
+    assert "closed" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""Claims about a folder of your own data."""
+
+import json
+import pathlib
+
+import pytest
+
+import data
+import train
+from data import InputError
+
+TASKS = pathlib.Path(__file__).parents[3] / "shared" / "tasks"
+PAIRS = ["id\tsentence1\tlabel\tsentence2", "1\ta\tno\tb", "2\tc\tyes\td"]
+
+
+def write(folder, train_lines, dev_lines=None):
+    (folder / "train.tsv").write_text("\n".join(train_lines) + "\n")
+    if dev_lines:
+        (folder / "dev.tsv").write_text("\n".join(dev_lines))
+    return str(folder)
+
+
+def test_labels_are_those_of_the_training_file_sorted_and_other_columns_do_not_matter(tmp_path):
+    task = data.load_task(write(tmp_path, PAIRS, ["label\tsentence2\tsentence1", "yes\ty\tx"]))
+    assert task.labels == ("no", "yes")
+    assert task.train == [("a", "b", 0), ("c", "d", 1)]
+    assert task.dev == [("x", "y", 1)]
+
+
+@pytest.mark.parametrize("name", ["sentence", "text"])
+def test_one_text_is_called_sentence_or_text(tmp_path, name):
+    lines = [f"{name}\tlabel", 'say "hi"\tb', "two\ta"]
+    task = data.load_task(write(tmp_path, lines, lines))
+    assert task.train == [('say "hi"', None, 1), ("two", None, 0)] == task.dev
+
+
+def test_without_dev_a_tenth_is_held_out_and_said(tmp_path):
+    lines = ["text\tlabel"] + [f"text {i}\t{i % 3}" for i in range(200)]
+    with pytest.warns(UserWarning, match="no dev.tsv: a tenth"):
+        task = data.load_task(write(tmp_path, lines))
+    assert (len(task.train), len(task.dev)) == (180, 20)
+
+
+@pytest.mark.parametrize(
+    "train_lines, dev_lines, message",
+    [
+        (["text\tclass", "a\tb"], None, "train.tsv, line 1: want one column 'label'"),
+        (["text\tlabel\tlabel", "a\tb\tc"], None, "train.tsv, line 1: want one column 'label'"),
+        (["words\tlabel", "a\tb"], None, "line 1: want columns .*sentence1.* or .*text.*words"),
+        (["text\tlabel", "a\tb", "c"], None, "train.tsv, line 3: 1 columns instead of 2"),
+        (["text\tlabel", "a\tb", " \tb"], None, "train.tsv, line 3: an empty text"),
+        (["text\tlabel", "a\tb", "c\t"], None, "train.tsv, line 3: an empty text or label"),
+        (["text\tlabel", "a\tb", "c\tb"], None, "1 different labels in 2 rows"),
+        (["text\tlabel"] + [f"a\t0.{i}" for i in range(40)], None, "40 different labels"),
+        (["text\tlabel"], None, "no examples"),
+        (["text\tlabel", "a\tb", "c\td"], ["text\tlabel", "a\tx"], "dev.tsv, line 2: label 'x'"),
+        (PAIRS, ["text\tlabel", "a\tno"], "dev.tsv, line 1: want columns .*sentence1"),
+    ],
+)
+def test_wrong_data_are_refused_with_file_and_line(tmp_path, train_lines, dev_lines, message):
+    with pytest.raises(InputError, match=message):
+        data.load_task(write(tmp_path, train_lines, dev_lines))
+
+
+@pytest.mark.parametrize("metric", ["f1", "matthews"])
+def test_a_metric_of_two_classes_comes_beside_accuracy_where_it_is_asked_for(tmp_path, metric):
+    args = train.parse_args(["--task", write(tmp_path, PAIRS, PAIRS), "--metric", metric])
+    values = train.read_task(args).metric([0, 1], [0, 1])
+    assert values == {metric: pytest.approx(1), "accuracy": 1}
+
+
+def test_a_metric_of_two_classes_is_refused_for_three(tmp_path, capsys):
+    lines = ["text\tlabel", "a\tx", "b\ty", "c\tz"]
+    folder = write(tmp_path, lines, lines)
+    assert train.main(["--task", folder, "--model", "builtin", "--metric", "f1"]) == 2
+    assert "two classes; there are 3" in capsys.readouterr().err
+
+
+def test_a_run_on_your_own_data_keeps_its_labels_and_resumes(tmp_path, capsys):
+    lines = ["text\tlabel"] + [f"a cook helps .\t{name}" for name in ("good", "bad", "so-so")] * 8
+    folder = write(tmp_path, lines, lines)
+    flags = [
+        "--task",
+        folder,
+        "--model",
+        "builtin",
+        "--max-steps",
+        "2",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert train.main(flags) == 0
+    assert train.load_run(tmp_path / "a").labels == ["bad", "good", "so-so"]
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["task"] == tmp_path.name
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="no tasks here")
+@pytest.mark.parametrize(
+    "name, classes, sizes", [("SICK", 3, (4500, 4927)), ("TREC", 6, (5452, 500))]
+)
+def test_real_tasks_are_read_whole(name, classes, sizes):
+    task = data.load_task(str(TASKS / name))
+    assert len(task.labels) == classes
+    assert (len(task.train), len(task.dev)) == sizes
