@@ -106,6 +106,11 @@ class LoRALinear(nn.Module):
         y = self.host(x)
         return y + self.adapter(x) if self.adapter.rank > 0 else y
 
+    @property
+    def weight(self):
+        """Return W, whose dtype some models read (T5)."""
+        return self.host.weight
+
 
 class LoRAShortcut(nn.Module):
     """A connection with an adapter: x + dW x for a residual, dW x for a new shortcut.
@@ -164,7 +169,8 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
             new = adapter(D, D, rank, shortcut_alpha or alpha, generator)
             replacement = LoRAShortcut(new, is_residual=isinstance(host, nn.Identity))
         new.attach(name, host, adapters)
-        new.to(next(model.parameters()).device)
+        beside = next(host.parameters(), next(model.parameters()))  # devices may differ by module
+        new.to(beside.device)
         adapters[name] = new
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, replacement)
