@@ -20,6 +20,7 @@ import train
 from data import InputError
 from extras.checkpoints import hf_name, write_checkpoint, write_safetensors
 from extras.files import cache_path, new_folder, read_json, write
+from extras.plan import exact_patterns
 from heterolora import LoRA, LoRALinear, LoRAShortcut
 
 HEADS = {  # number of a linear in our head -> its name in the family's classifier
@@ -100,12 +101,10 @@ def save_merged(classifier, folder):
 def save_peft(classifier, folder):
     """Write a new folder with the LoRA modules that are on, as Hugging Face's PEFT reads it.
 
-    PEFT scales the update of a module by alpha / rank. Here `scale` does not depend on the rank, so
-    alpha is scale * rank. Both may differ from module to module.
+    Ranks and alphas may differ from module to module.
     """
     on = {full_name(classifier, name): a for name, a in classifier.adapters.items() if a.rank > 0}
-    ranks = {module: adapter.rank for module, adapter in on.items()}
-    alphas = {module: adapter.scale * adapter.rank for module, adapter in on.items()}
+    ranks, alphas = exact_patterns(on)
     tensors = {}
     for module, adapter in on.items():
         A, B = [parameter[slices] for parameter, slices in adapter.active(adapter.rank)]
@@ -117,7 +116,7 @@ def save_peft(classifier, folder):
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
         "base_model_name_or_path": hub_id_or_path,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(on),
         "r": max(ranks.values()),
         "rank_pattern": ranks,
         "lora_alpha": max(alphas.values()),
