@@ -43,17 +43,24 @@ SAVE_EVERY = 500  # steps; also at the end of every epoch
 # --------------------------------------------------------------------------------------- flags
 
 
-def number(kind, above):
-    """Return an argparse type: an int or float over a limit."""
+def number(kind, above, most=sys.maxsize):
+    """Return an argparse type: an int or float over a limit, and at most another."""
 
     def parse(text):
         value = kind(text)
-        if not above < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: want more than {above}")
+        if not above < value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: want more than {above}, at most {most}")
         return value
 
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
+
+
+def path(text):
+    """Return a name, which may not be empty, as that of an unset variable is."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def names(text):
@@ -72,13 +79,18 @@ def parse_args(argv=None):
         prog="train.py", description="HeteroLoRA and its baselines under a parameter budget."
     )
     add = parser.add_argument_group("task and model").add_argument
-    add("--task", default="paraphrase", help="built-in, GLUE, or a folder with your own train.tsv")
+    add(
+        "--task",
+        type=path,
+        default="paraphrase",
+        help="built-in, GLUE, or a folder with your own train.tsv",
+    )
     add("--metric", choices=data.METRICS, help="of tasks with two classes, beside accuracy")
-    add("--data-dir", help="folder that holds MRPC/train.tsv and so on (default: downloaded)")
+    add("--data-dir", type=path, help="the folder above MRPC/train.tsv (default: downloaded)")
     add("--train-limit", type=whole, help="train on so many examples")
     add("--holdout", type=positive, help="evaluate on this share of the training set, not on dev")
     add("--max-length", type=number(int, 4), default=128, help="tokens of an example (128)")
-    add("--model", default="built-in", help="a BERT or RoBERTa: folder or Hugging Face hub id")
+    add("--model", type=path, default="built-in", help="a BERT or RoBERTa: folder or hub id")
     add("--pooling", choices=("mean", "cls"), default="mean", help="what the head sees (mean)")
 
     add = parser.add_argument_group("method").add_argument
@@ -93,9 +105,19 @@ def parse_args(argv=None):
     add("--proxy", choices=heterolora.PROXIES, default="grad-norm")
     add("--allocator", choices=heterolora.ALLOCATORS, default="greedy")
     add("--realloc-every", type=positive, default=0.2, help="epochs between allocations (0.2)")
-    add("--probe-batches", type=whole, default=8, help="batches that a score sees (8)")
-    add("--head-warmup", type=number(int, -1), default=100, help="steps before scoring (100)")
-    add("--warmup-steps", type=number(int, -1), default=0, help="instead: steps of all modules (0)")
+    add(
+        "--probe-batches",
+        type=number(int, 0, 9999),
+        default=8,
+        help="batches that a score sees (8)",
+    )
+    add("--head-warmup", type=number(int, -1, 9999), default=100, help="steps before scoring (100)")
+    add(
+        "--warmup-steps",
+        type=number(int, -1, 9999),
+        default=0,
+        help="instead: steps of all modules (0)",
+    )
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive, help="by the task: 1 to 10")
@@ -109,8 +131,13 @@ def parse_args(argv=None):
         choices=PRECISIONS,
         help="of frozen weights (bfloat16 if the processor has it)",
     )
-    add("--out", metavar="DIR", help="a new folder for config, logs, state, result and adapters")
-    add("--resume", metavar="DIR", help="go on with a run that was interrupted")
+    add(
+        "--out",
+        type=path,
+        metavar="DIR",
+        help="a new folder for config, logs, state, result and adapters",
+    )
+    add("--resume", type=path, metavar="DIR", help="go on with a run that was interrupted")
 
     args = parser.parse_args(argv)
     if args.resume:
@@ -185,8 +212,8 @@ def prepare(args):
     if is_full:
         args.precision = "float32"
     args.precision = args.precision or devices.best_precision(device)
-    args.epochs = args.epochs or EPOCHS.get(args.task, 4)
-    args.batch_size = args.batch_size or (32 if is_built_in else 16)
+    args.epochs = args.epochs or float(EPOCHS.get(args.task, 4))
+    args.batch_size = min(args.batch_size or (32 if is_built_in else 16), len(task.train))
     if is_full:
         args.lr = args.lr or (3e-4 if is_built_in else 5e-5)
     args.lr = args.lr or (2e-3 if is_built_in else 1e-3)

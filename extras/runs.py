@@ -23,7 +23,7 @@ from extras.checkpoints import read_pickle
 from extras.devices import peak_memory_mb
 from extras.files import read_json, write
 from extras.show import changes, grid
-from extras.state import collect_learned
+from extras.state import PLACES, collect_learned, fitting, read_config, run_checksum
 from extras.warm_up import RANK
 
 LOGS = ("log.jsonl", "history.jsonl")
@@ -39,16 +39,10 @@ def resumed_args(parser, args, argv):
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = vars(parser.parse_args(argv, unset))
     given = {name: value for name, value in given.items() if value is not None}
-    extra = sorted(set(given) - {"resume", "model", "task", "data_dir", "device"})
+    extra = sorted(set(given) - {"resume", *PLACES})
     if extra:
         parser.error(f"--resume takes its flags from the run, and no {', '.join(extra)}")
-    path = os.path.join(args.resume, "config.json")
-    if not os.path.isfile(path):
-        raise InputError(f"{args.resume} holds no run: there is no config.json in it")
-    flags = read_json(path).get("flags")
-    if not isinstance(flags, dict) or not all(isinstance(text, str) for text in flags.values()):
-        raise InputError(f"{path}: no flags of a run in it")
-    flags |= given
+    flags = read_config(args.resume)["flags"] | given
     flags["out"] = args.resume
     return parser.parse_args([f"--{name.replace('_', '-')}={flags[name]}" for name in flags])
 
@@ -59,17 +53,12 @@ class Run:
     def __init__(self, folder, is_new):
         self.folder = folder
         self.is_new = is_new
+        self.checksum = None  # of the flags and the checkpoint
         self.data_checksum = None  # of what it trains and is evaluated on
         if folder and is_new:
             used = [name for name in FILES if os.path.exists(self.path(name))]
             if used:
-                raise InputError(
-                    f"--out {folder} holds a run already: give a new folder, or --resume"
-                )
-            try:
-                os.makedirs(folder, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"--out {folder} cannot be made: {error.strerror}") from None
+                raise InputError(f"--out {folder} holds a run: give a new folder, or --resume")
 
     def path(self, name):
         """Return the path of a file of the run."""
@@ -94,6 +83,11 @@ class Run:
         for name, value in vars(args).items():
             if value is not None and name not in NOT_SAVED:
                 flags[name] = (",".join(value) or "none") if isinstance(value, list) else str(value)
+        if self.folder:
+            try:
+                os.makedirs(self.folder, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--out {self.folder} cannot be made: {error.strerror}") from None
         self.log(f"command {args.command}")
         self.log("config  " + " ".join(f"{name}={value}" for name, value in flags.items()))
         if not self.folder:
@@ -102,13 +96,13 @@ class Run:
             for name in LOGS:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
-        weights = model.checkpoint
-        config = {"command": args.command, "flags": flags, "checkpoint": weights}
+        config = {"command": args.command, "flags": flags, "checkpoint": model.checkpoint}
         if not self.is_new:
-            before = read_json(self.path("config.json"))
-            if before.get("checkpoint") != weights:
+            before = read_config(self.folder)
+            if before["checkpoint"] != model.checkpoint:
                 raise InputError(f"{args.model} has other weights than when {self.folder} began")
-            config["command"] = before.get("command")
+            config["command"] = before["command"]
+        config["checksum"] = self.checksum = run_checksum(flags, model.checkpoint)
         write(self.path("config.json"), json.dumps(config, indent=1))
 
     # ------------------------------------------------------------------------------ log lines
@@ -178,21 +172,22 @@ class Run:
                 is_there = os.path.isfile(self.path(name))
                 sizes[name] = os.path.getsize(self.path(name)) if is_there else 0
             content = state.collect() | {"data": self.data_checksum, "sizes": sizes}
+            content["run"] = self.checksum
             write(self.path("state.pt"), lambda file: torch.save(content, file))
 
     def load(self, state):
         """Put back what `save` wrote, and cut the logs back to that moment. Raises InputError."""
-        saved = read_pickle(self.path("state.pt"), ("progress", "trained", "data", "sizes"))
+        path = self.path("state.pt")
+        saved = read_pickle(path, ("run", "data", "sizes", "progress", "trained"))
+        if saved["run"] != self.checksum:
+            raise InputError(f"{path} is of a run with other flags or another checkpoint")
         if saved["data"] != self.data_checksum:
             raise InputError("the data are not those that the run began with")
-        try:
+        with fitting(path):
+            sizes = {name: int(saved["sizes"][name]) for name in LOGS}
             state.restore(saved)
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{self.path('state.pt')} does not fit the run: {reason}") from None
-        for name in LOGS:
-            size = saved["sizes"].get(name, 0)
-            if os.path.isfile(self.path(name)) and os.path.getsize(self.path(name)) >= size:
+        for name, size in sizes.items():
+            if os.path.isfile(self.path(name)) and 0 <= size <= os.path.getsize(self.path(name)):
                 os.truncate(self.path(name), size)
         self.log(f"resume  {self.folder} after step {state.progress.step}")
 
@@ -212,7 +207,7 @@ class Run:
             f"peak memory {result['peak_memory_mb'] or 0:.0f} MB"
         )
         if self.folder:
-            learned = collect_learned(task, model, adapters)
+            learned = collect_learned(task, model, adapters) | {"run": self.checksum}
             write(self.path("adapters.pt"), lambda file: torch.save(learned, file))
             write(self.path("result.json"), json.dumps(result, indent=1))
             with contextlib.suppress(FileNotFoundError):

@@ -29,6 +29,39 @@ def checksum(encoder):
     return total
 
 
+PLACES = ("model", "task", "data_dir", "device")  # flags that may differ when a run is resumed
+
+
+def run_checksum(flags, checkpoint):
+    """Return a number that tells one run from another: from its flags and its checkpoint."""
+    kept = {name: flags[name] for name in sorted(flags) if name not in PLACES}
+    return zlib.crc32(repr((kept, checkpoint)).encode())
+
+
+def read_config(folder):
+    """Return config.json of a run: command, flags, checkpoint, checksum. Raises InputError."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise InputError(f"{folder} holds no run: there is no config.json in it")
+    config = read_json(path)
+    flags = config.get("flags")
+    if not isinstance(flags, dict) or not all(isinstance(text, str) for text in flags.values()):
+        raise InputError(f"{path}: no flags of a run in it")
+    if config.get("checksum") != run_checksum(flags, config.get("checkpoint")):
+        raise InputError(f"{path} was changed by hand, or is damaged: its checksum is wrong")
+    return config
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """Turn what goes wrong when content of the wrong form is put back into an InputError."""
+    try:
+        yield
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} does not fit the run: {reason.splitlines()[0]}") from None
+
+
 def data_checksum(split, labels):
     """Return a number that tells whether a resumed run has the data that it began with."""
     total = zlib.crc32(repr(labels).encode())
@@ -106,12 +139,22 @@ class State:
         return state
 
     def restore(self, state):
-        """Put back what `collect` returned."""
+        """Put back what `collect` returned. Raises an error of any type if it does not fit."""
         for field in dataclasses.fields(self.progress):
-            setattr(self.progress, field.name, state["progress"][field.name])
-        self.model.load_state_dict(state["trained"], strict=False)
+            value = state["progress"][field.name]
+            if type(value) is not type(getattr(self.progress, field.name)):
+                raise ValueError(f"{field.name} is a {type(value).__name__}")
+            setattr(self.progress, field.name, value)
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        put(state["trained"], trained)
+        if state["ranks"].keys() != self.adapters.keys():
+            raise ValueError("the ranks are of other modules")
         heterolora.set_ranks(self.adapters, state["ranks"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for moment in moments.values():
+                if moment.dim() > 0 and moment.shape != parameter.shape:
+                    raise ValueError("the optimizer's state is of another shape")
         self.schedule.load_state_dict(state["schedule"])
         self.data_order.set_state(state["generators"][0])
         self.probing.set_state(state["generators"][1])
@@ -128,15 +171,20 @@ class State:
                 self.search.recorded[adapter] = [total.to(self.device) for total in sums]
 
 
-def collect_learned(task, model, adapters):
-    """Return what a run has learned and no more: what is on, the head, for full the encoder."""
+def blocks_on(adapters):
+    """Return {name: the part of a parameter that is on}: what an allocation needs of adapters."""
     blocks = {}
     for name, adapter in adapters.items():
-        active = adapter.active(adapter.rank)
-        blocks[name] = [parameter[slices].detach().clone() for parameter, slices in active]
+        for number, (parameter, slices) in enumerate(adapter.active(adapter.rank)):
+            blocks[f"{name} {number}"] = parameter.data[slices]
+    return blocks
+
+
+def collect_learned(task, model, adapters):
+    """Return what a run has learned and no more: what is on, the head, for full the encoder."""
     learned = {
         "ranks": {name: adapter.rank for name, adapter in adapters.items()},
-        "adapters": blocks,
+        "adapters": {name: block.clone() for name, block in blocks_on(adapters).items()},
         "head": model.head.state_dict(),
         "labels": list(task.labels),
         "texts": 1 if task.dev[0][1] is None else 2,
@@ -151,32 +199,41 @@ def read_learned(folder):
     path = os.path.join(folder, "adapters.pt")
     if not os.path.isfile(path):
         raise InputError(f"{folder} has no adapters.pt: has the run ended?")
-    return read_pickle(path, ("ranks", "adapters", "head", "labels", "texts"))
+    learned = read_pickle(path, ("run", "ranks", "adapters", "head", "labels", "texts"))
+    if type(learned["labels"]) is not list or learned["texts"] not in (1, 2):
+        raise InputError(f"{path}: want a list of labels, and 1 or 2 texts")
+    return learned
+
+
+def put(tensors, parameters):
+    """Copy {name: tensor} into the parameters of the same names. Raises ValueError."""
+    if tensors.keys() != parameters.keys():
+        raise ValueError(f"it holds {len(tensors)} tensors, and not the {len(parameters)} wanted")
+    for name, parameter in parameters.items():
+        tensor = tensors[name]
+        if tensor.shape != parameter.shape or not tensor.isfinite().all():
+            raise ValueError(f"{name} has another shape, or is not finite")
+        parameter.data.copy_(tensor)
 
 
 def put_learned(folder, learned, args, model, adapters):
     """Put what was learned into a model built from the same flags. Raises InputError."""
-    config = read_json(os.path.join(folder, "config.json"))
-    if config.get("checkpoint") != model.checkpoint:
+    config = read_config(folder)
+    path = os.path.join(folder, "adapters.pt")
+    if config["checkpoint"] != model.checkpoint:
         raise InputError(f"{args.model} has other weights than when {folder} began")
+    if learned["run"] != config["checksum"]:
+        raise InputError(f"{path} is of a run with other flags or another checkpoint")
     model.args = args
     model.adapters = adapters
     model.labels = learned["labels"]
     model.texts = learned["texts"]
-    try:
-        if "encoder" in learned:
-            model.encoder.load_state_dict(learned["encoder"])
-        model.head.load_state_dict(learned["head"])
+    with fitting(path):
+        if args.method == "full":
+            put(learned["encoder"], dict(model.encoder.named_parameters()))
+        put(learned["head"], dict(model.head.named_parameters()))
         heterolora.set_ranks(adapters, learned["ranks"])
-        for name, adapter in adapters.items():
-            active = adapter.active(adapter.rank)
-            for (parameter, slices), block in zip(active, learned["adapters"][name], strict=True):
-                if parameter[slices].shape != block.shape:
-                    raise ValueError(f"{name} has another shape")
-                parameter.data[slices] = block
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder}: adapters.pt does not fit config.json: {reason}") from None
+        put(learned["adapters"], blocks_on(adapters))
 
 
 class StopSignal:

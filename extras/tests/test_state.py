@@ -1,0 +1,172 @@
+"""Claims about what lies in a run's folder: what is damaged or foreign is refused, in one line."""
+
+import copy
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+import train
+from data import InputError
+
+COMMON = ["--train-limit", "96", "--precision", "float32", "--max-steps", "4", "--batch-size", "16"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Make two runs with states, "a" and "b" (another seed), and a finished one, "done"."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("a", "b"):
+        with pytest.MonkeyPatch.context() as patch:
+
+            def update(*arguments):
+                raise Interrupted
+
+            patch.setattr(train, "update", update)
+            with pytest.raises(Interrupted):
+                seed = "0" if name == "a" else "1"
+                train.main([*COMMON, "--seed", seed, "--out", str(folder / name)])
+    assert train.main([*COMMON, "--out", str(folder / "done")]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    """Give a copy of the runs to damage."""
+    shutil.copytree(runs, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def edit(path, change):
+    content = torch.load(path)
+    change(content)
+    torch.save(content, path)
+
+
+def flip_a_bit(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_state_that_is_whole_is_gone_on_from(run):
+    assert train.main(["--resume", str(run / "a")]) == 0
+
+
+def test_no_flipped_bit_in_a_state_or_in_what_was_learned_is_accepted_as_another_value(run):
+    path = run / "done" / "adapters.pt"
+    expected = torch.load(path)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(40):
+        path.write_bytes(whole)
+        flip_a_bit(path, draw.randrange(len(whole)))
+        try:
+            train.load_run(run / "done")
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:  # the bit was in a part of the file that holds nothing, such as padding
+            torch.testing.assert_close(torch.load(path), expected, rtol=0, atol=0)
+    assert refused > 20
+
+
+def delete_a_name(learned):
+    del learned["adapters"][next(iter(learned["adapters"]))]
+
+
+def add_a_name(learned):
+    learned["adapters"]["layers.9.q 0"] = torch.zeros(1)
+
+
+def change_a_shape(learned):
+    name = next(iter(learned["adapters"]))
+    learned["adapters"][name] = torch.zeros(3, 3)
+
+
+def put_nan(learned):
+    learned["head"]["0.bias"][0] = float("nan")
+
+
+def change_a_rank(learned):
+    name = next(name for name, rank in learned["ranks"].items() if rank)
+    learned["ranks"][name] -= 1
+
+
+CHANGES = {
+    "delete": delete_a_name,
+    "add": add_a_name,
+    "shape": change_a_shape,
+    "nan": put_nan,
+    "rank": change_a_rank,
+    "labels": lambda learned: learned.update(labels=3),
+    "texts": lambda learned: learned.update(texts=None),
+    "adapters": lambda learned: learned.update(adapters=[]),
+    "run": lambda learned: learned.update(run=1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_learned_must_fit_the_run(run, change):
+    edit(run / "done" / "adapters.pt", CHANGES[change])
+    with pytest.raises(InputError, match="adapters.pt") as error:
+        train.load_run(run / "done")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["progress", "trained", "ranks", "optimizer", "schedule", "search"])
+@pytest.mark.parametrize("value", [None, {}, [1]])
+def test_a_state_of_the_wrong_form_is_refused_and_the_logs_stay(run, capsys, key, value):
+    edit(run / "a" / "state.pt", lambda state: state.update({key: value}))
+    history = (run / "a" / "history.jsonl").read_bytes()
+    (run / "a" / "history.jsonl").write_bytes(history + b"{}\n")
+    assert train.main(["--resume", str(run / "a")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (run / "a" / "history.jsonl").read_bytes() == history + b"{}\n"
+
+
+def test_a_foreign_state_changes_no_file_outside_the_run(run, tmp_path):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    edit(run / "a" / "state.pt", lambda state: state["sizes"].update({"../../victim.txt": 0}))
+    train.main(["--resume", str(run / "a")])
+    assert victim.read_text() == "precious"
+
+
+def test_the_state_of_another_run_is_refused(run, capsys):
+    shutil.copy(run / "b" / "state.pt", run / "a" / "state.pt")
+    assert train.main(["--resume", str(run / "a")]) == 2
+    assert "other flags" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["batch_size", "seed", "epochs", "method", "proxy"])
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_a_config_that_was_changed_is_refused(run, capsys, flag, is_deleted):
+    path = run / "a" / "config.json"
+    config = json.loads(path.read_text())
+    changed = copy.deepcopy(config)
+    del changed["flags"][flag]
+    if not is_deleted:
+        changed["flags"][flag] = "7"
+    path.write_text(json.dumps(changed))
+    assert train.main(["--resume", str(run / "a")]) == 2
+    assert "checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--out", "--resume", "--task", "--model", "--data-dir"])
+def test_an_empty_name_is_refused_and_starts_nothing(capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        train.main([f"{flag}="])
+    assert "empty" in capsys.readouterr().err
+
+
+def test_refused_input_leaves_no_folder(tmp_path):
+    assert train.main(["--rank", "9999", "--out", str(tmp_path / "a")]) == 2
+    assert not (tmp_path / "a").exists()
