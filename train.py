@@ -74,17 +74,13 @@ def parse_args(argv=None):
     import extras.proxies  # noqa: F401
 
     whole = number(int, 0)
+    few = number(int, -1, 9999)  # 0 to 9999
     positive = number(float, 0)
     parser = argparse.ArgumentParser(
         prog="train.py", description="HeteroLoRA and its baselines under a parameter budget."
     )
     add = parser.add_argument_group("task and model").add_argument
-    add(
-        "--task",
-        type=path,
-        default="paraphrase",
-        help="built-in, GLUE, or a folder with your own train.tsv",
-    )
+    add("--task", type=path, default="paraphrase", help="built-in, GLUE, or your own folder")
     add("--metric", choices=data.METRICS, help="of tasks with two classes, beside accuracy")
     add("--data-dir", type=path, help="the folder above MRPC/train.tsv (default: downloaded)")
     add("--train-limit", type=whole, help="train on so many examples")
@@ -105,19 +101,9 @@ def parse_args(argv=None):
     add("--proxy", choices=heterolora.PROXIES, default="grad-norm")
     add("--allocator", choices=heterolora.ALLOCATORS, default="greedy")
     add("--realloc-every", type=positive, default=0.2, help="epochs between allocations (0.2)")
-    add(
-        "--probe-batches",
-        type=number(int, 0, 9999),
-        default=8,
-        help="batches that a score sees (8)",
-    )
-    add("--head-warmup", type=number(int, -1, 9999), default=100, help="steps before scoring (100)")
-    add(
-        "--warmup-steps",
-        type=number(int, -1, 9999),
-        default=0,
-        help="instead: steps of all modules (0)",
-    )
+    add("--probe-batches", type=number(int, 0, 9999), default=8, help="batches of a score (8)")
+    add("--head-warmup", type=few, default=100, help="steps before scoring (100)")
+    add("--warmup-steps", type=few, default=0, help="instead: steps of all modules (0)")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive, help="by the task: 1 to 10")
