@@ -107,15 +107,26 @@ def read_history(folder):
         with open(path, encoding="utf-8") as file:
             space, *history = [json.loads(line) for line in file]
         costs = {name: module["costs"] for name, module in space["modules"].items()}
+        if not history or not costs:
+            raise ValueError("there is no allocation in it")
+        for name, prices_of_ranks in costs.items():
+            check_numbers(prices_of_ranks, f"costs of {name}")
         for entry in history:
             if entry["ranks"].keys() != costs.keys():
                 raise ValueError("an allocation has other modules than the search space")
-            prices(costs, entry["ranks"])  # raises where a rank is not a whole number
-        if not history:
-            raise ValueError("there is no allocation in it yet")
+            check_numbers([entry["step"], entry["parameters"], *entry["ranks"].values()], "entry")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not the history of a search: {error}") from None
     return costs, history
+
+
+def check_numbers(values, name):
+    """Raise ValueError if values is not a list of whole numbers that a run can have."""
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{name}: want a list of numbers")
+    for value in values:
+        if type(value) is not int or not 0 <= value < 2**60:
+            raise ValueError(f"{name}: {value!r:.40} where a whole number is wanted")
 
 
 def describe(costs, history):

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch.nn as nn
 
+from data import InputError
 from extras import show
 from heterolora import LoRA, rank_costs
 
@@ -99,6 +100,19 @@ def test_a_folder_without_a_whole_history_is_refused(run, kept, capsys):
         show.main([str(run)])
     assert stop.value.code == 2
     assert "is not the history of a search" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, key", [(0, "modules"), (1, "step"), (1, "ranks"), (2, "parameters")]
+)
+@pytest.mark.parametrize("value", [None, -1, 2.5, 10**30, "x", [], {}, {"layers.0.q": [None]}])
+def test_a_history_with_a_wrong_value_is_refused(run, line, key, value):
+    path = run / "history.jsonl"
+    records = [json.loads(text) for text in path.read_text().splitlines()]
+    records[line][key] = value
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(InputError, match="history"):
+        show.read_history(str(run))
 
 
 def test_a_missing_folder_is_refused_by_its_name(capsys):
