@@ -20,7 +20,18 @@ import torch
 
 
 class InputError(ValueError):
-    """Input that cannot work. The message says what was given, what is allowed, and what to do."""
+    """Input that cannot work. The message says what was given, what is allowed, and what to do.
+
+    It is one line of bounded length, whatever names and values it quotes.
+    """
+
+    def __init__(self, message):
+        if len(message) > 1000:
+            message = f"{message[:600]} [...] {message[-300:]}"
+        line = ""
+        for character in message:  # a line end, say, is shown as \n
+            line += character if character.isprintable() else repr(character)[1:-1]
+        super().__init__(line)
 
 
 # ------------------------------------------------------------------------------------- metrics

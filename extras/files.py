@@ -65,9 +65,10 @@ def cache_path(*parts):
 
 def read_json(path):
     """Return the dict of a file that holds a JSON object. Raises InputError."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a ValueError: also a number of 5,000 digits
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: want a JSON object, and it holds a {type(value).__name__}")

@@ -81,7 +81,10 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch, environm
     assert os.path.isdir(f"{tmp_path}{expected}")
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff{}", b"[" * 100_000])
+BROKEN_JSON = [b"", b"{", b"[1]", b"\xff{}", b"[" * 100_000, b'{"a": %s}' % (b"9" * 5_000)]
+
+
+@pytest.mark.parametrize("text", BROKEN_JSON, ids=range(len(BROKEN_JSON)))
 def test_a_file_that_holds_no_json_object_is_refused_by_name(tmp_path, text):
     (tmp_path / "file").write_bytes(text)
     with pytest.raises(InputError, match="file"):
@@ -111,3 +114,11 @@ def test_two_processes_that_write_one_file_leave_one_of_their_contents(tmp_path)
     assert [process.exitcode for process in processes] == [0, 0]
     assert path.read_text() in ("a" * 100_000, "b" * 100_000)
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_error_message_is_one_short_line_whatever_it_quotes():
+    for quoted in ("a\nb", "\r\x0b\x1b\x85\u2028\ud800", "x" * 10**6, "\n" * 10**6):
+        message = str(InputError(f"here/file: {quoted}: give another"))
+        assert len(message.splitlines()) == 1 and message.isprintable() and len(message) < 3000
+        assert message.startswith("here/file: ") and message.endswith(": give another")
+    assert str(InputError(str(InputError("é\na  b")))) == "é\\na  b"
