@@ -37,6 +37,14 @@ ACTIVATIONS = {  # hidden_act of config.json -> function; "gelu" is the exact on
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+RANGES = {  # the lowest and highest value of a field; the other whole numbers go from 1 to 10^7
+    "num_hidden_layers": (1, 1000),
+    "pad_token_id": (0, 10_000_000),
+    "hidden_dropout_prob": (0, 0.99),
+    "attention_probs_dropout_prob": (0, 0.99),
+    "layer_norm_eps": (1e-20, 1),
+    "initializer_range": (1e-20, 1),
+}
 
 
 @dataclasses.dataclass
@@ -67,11 +75,9 @@ class EncoderConfig:
             kind = (int, float) if field.type is float else (field.type,)
             if type(value) not in kind:
                 raise ValueError(f"{field.name} {value!r}: want a {field.type.__name__}")
-            lowest = 1 if field.type is int and field.name != "pad_token_id" else 0
-            if field.type is not str and value < lowest:
-                raise ValueError(f"{field.name} {value}: want at least {lowest}")
-            if field.type is float and value >= 1:
-                raise ValueError(f"{field.name} {value}: want less than 1")
+            low, high = RANGES.get(field.name, (1, 10_000_000))
+            if field.type is not str and not low <= value <= high:  # NaN is in no range
+                raise ValueError(f"{field.name} {value}: want {low} to {high}")
         if self.model_type not in ("bert", "roberta"):
             raise ValueError(f"model_type {self.model_type!r}: bert and roberta are supported")
         if self.hidden_act not in ACTIVATIONS:

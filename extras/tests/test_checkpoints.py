@@ -1,10 +1,12 @@
 """Claims about files of weights: right ones load bit for bit, damaged ones are refused."""
 
 import json
+import math
 import os
 import random
 import struct
 import sys
+import time
 import types
 
 import pytest
@@ -365,6 +367,28 @@ def test_an_architecture_that_is_not_computed_is_refused(tmp_path, changes, mess
     with pytest.raises(InputError, match=message) as error:
         checkpoints.load_encoder(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field,values",
+    [
+        ("num_hidden_layers", (0, 1001, 10**7, 2.0)),
+        ("hidden_size", (-16, 2**62, 10**400, True)),
+        ("vocab_size", (0, 2**63)),
+        ("layer_norm_eps", (0, 1e-46, math.nan, math.inf, 10**400)),
+        ("initializer_range", (-1, 0.0, math.nan)),
+        ("hidden_dropout_prob", (-0.1, 1, math.nan)),
+        ("pad_token_id", (-2, None)),
+    ],
+)
+def test_a_number_that_no_encoder_has_is_refused_at_once(tmp_path, field, values):
+    make_checkpoint(tmp_path)
+    for value in values:
+        change_config(tmp_path, **{field: value})
+        start = time.process_time()
+        with pytest.raises(InputError, match=f"config.json: {field} "):
+            checkpoints.load_encoder(tmp_path)
+        assert time.process_time() - start < 1
 
 
 def test_what_a_config_leaves_out_is_the_default_of_the_family(tmp_path):
