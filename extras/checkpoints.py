@@ -18,17 +18,19 @@ import zipfile
 import torch
 
 from data import InputError
-from extras.files import new_folder, read_json, write
+from extras.files import new_folder, read_json, refuse_git_pointer, write
 from model import Encoder, EncoderConfig
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one that is there counts
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES = FLOATS | INTEGERS | {"U8": torch.uint8, "BOOL": torch.bool}
+LONGEST_HEADER = 10_000_000  # bytes; that of an encoder with 24 layers has 50,000
 
 
 def read_safetensors(path):
     """Return the tensors of a .safetensors file as {name: tensor}. Raises InputError."""
+    refuse_git_pointer(path)
     try:
         size = os.path.getsize(path)
         content = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
@@ -54,10 +56,10 @@ def _read_header(path, content):
     """Return the header of a .safetensors file, and the byte at which its data start."""
     first = bytes(content[:8].numpy())
     start = 8 + int.from_bytes(first, "little")
-    if first == b"version ":
-        raise InputError(f"{path}: this is only Git's pointer to the file: run git lfs pull")
     if len(content) < max(start, 8):
         raise InputError(f"{path}: truncated: {len(content)} bytes, and the header alone {start}")
+    if start > LONGEST_HEADER:
+        raise InputError(f"{path}: a header of {start} bytes: want at most {LONGEST_HEADER}")
     try:
         header = json.loads(bytes(content[8:start].numpy()).decode())
         header.pop("__metadata__", None)
@@ -80,6 +82,8 @@ def _check_entry(path, name, entry):
     for number in numbers:
         if type(number) is not int or not 0 <= number < 2**63:
             raise InputError(f"{path}: {name!r}: {number!r}: want whole numbers from 0 to 2^63 - 1")
+    if len(shape) > 64:
+        raise InputError(f"{path}: {name!r} has {len(shape)} dimensions: want at most 64")
     if end - begin != math.prod(shape) * width:
         raise InputError(f"{path}: {name!r}: {end - begin} bytes for shape {shape} of {dtype}")
     return begin, end, name, dtype, shape
@@ -118,6 +122,7 @@ def read_pickle(path, keys):
 
     Raises InputError for a damaged file, and for a dictionary that lacks one of `keys`.
     """
+    refuse_git_pointer(path)
     try:
         if zipfile.is_zipfile(path):  # torch.load does not compare the checksums
             with zipfile.ZipFile(path) as file:
@@ -125,11 +130,15 @@ def read_pickle(path, keys):
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage raises many types, some with pages of advice
-        reason = str(error) or type(error).__name__
-        raise InputError(f"{path}: cannot be read: {reason.splitlines()[0]}") from None
+    except Exception:  # damage raises many types, and torch advises to run what is in the file
+        expected = "tensors and plain values that torch.save wrote"
+        raise InputError(f"{path}: cannot be read: damaged, or not only {expected}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: want a dictionary, not a {type(value).__name__}")
+    for key in value:
+        if not isinstance(key, str):
+            kind = type(key).__name__
+            raise InputError(f"{path}: names are strings, not {kind}: something else wrote this")
     for key in keys:
         if key not in value:
             raise InputError(f"{path}: there is no {key!r} in it: something else wrote this file")
@@ -248,12 +257,13 @@ def load_encoder(folder):
 
 def _check_weight(path, name, tensor, shape):
     """Return a weight in float32. Raises InputError for what cannot be one."""
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-        raise InputError(f"{path}: {name}: want a tensor of floating-point numbers")
+    is_tensor = isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS.values()
+    if not is_tensor or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        raise InputError(f"{path}: {name}: want an ordinary tensor of floating-point numbers")
     if tensor.shape != shape:
         sizes = f"{list(tensor.shape)}, and config.json asks for {list(shape)}"
         raise InputError(f"{path}: {name} has the shape {sizes}")
-    weight = tensor.float()
+    weight = tensor.float().contiguous()
     if not weight.isfinite().all():
         raise InputError(f"{path}: {name} holds numbers that are not finite: get the file again")
     return weight

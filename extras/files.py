@@ -1,4 +1,4 @@
-"""Write files and folders that are whole or not there at all, find the cache, read JSON."""
+"""Write files and folders that are whole or not there at all, find the cache, look into files."""
 
 import contextlib
 import json
@@ -61,6 +61,17 @@ def cache_path(*parts):
         root = os.path.join(user_cache, "heterolora")
     os.makedirs(root, exist_ok=True)
     return os.path.join(root, *parts)
+
+
+def refuse_git_pointer(path):
+    """Raise InputError if a file cannot be opened, or if Git LFS left its pointer in its place."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(24)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: this is only Git's pointer to the file: run git lfs pull")
 
 
 def read_json(path):
