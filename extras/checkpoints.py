@@ -247,7 +247,8 @@ def load_encoder(folder):
             name, shape = missing.pop(short)
             state[name] = _check_weight(path, full_name, tensor, shape)
         elif re.match(r"(encoder|embeddings)\.(?!position_ids)", short):
-            raise InputError(f"{path}: config.json describes an encoder without {full_name}")
+            reason = "config.json describes an encoder without it, or it is there twice"
+            raise InputError(f"{path}: {full_name}: {reason}")
     for short in missing:
         raise InputError(f"{path}: the tensor {short} is missing")
     encoder.load_state_dict(state, assign=True)
