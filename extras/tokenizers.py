@@ -14,8 +14,8 @@ import os
 import re
 import unicodedata
 
-from data import InputError, read_text
-from extras.files import read_json
+from data import InputError
+from extras.vocabularies import read_merges, read_options, read_vocabulary
 
 
 class Tokenizer:
@@ -242,11 +242,10 @@ def load_tokenizer(folder):
 
     Raises InputError with the name of the file that is missing or wrong.
     """
-    config = os.path.join(folder, "tokenizer_config.json")
+    options = read_options(os.path.join(folder, "tokenizer_config.json"))
     vocab_txt = os.path.join(folder, "vocab.txt")
     vocab_json = os.path.join(folder, "vocab.json")
     merges_txt = os.path.join(folder, "merges.txt")
-    options = read_json(config) if os.path.isfile(config) else {}
     if os.path.isfile(vocab_txt):
         vocab = read_vocabulary(vocab_txt, WordPiece.specials)
         strip_accents = options.get("strip_accents")
@@ -254,40 +253,6 @@ def load_tokenizer(folder):
         return WordPiece(vocab, options.get("do_lower_case", True), strip_accents, split_cjk)
     if os.path.isfile(vocab_json) and os.path.isfile(merges_txt):
         vocab = read_vocabulary(vocab_json, BPE.specials)
-        return BPE(vocab, read_merges(merges_txt), options.get("add_prefix_space", False))
+        merges = read_merges(merges_txt, vocab)
+        return BPE(vocab, merges, options.get("add_prefix_space", False))
     raise InputError(f"{folder}: neither vocab.txt nor vocab.json with merges.txt is in it")
-
-
-def read_vocabulary(path, specials):
-    """Return {token: id} from a JSON file, or from a text file: the id is the line, from 0 on.
-
-    Raises InputError for a missing special token, a repeated token, or a bad id.
-    """
-    if path.endswith(".json"):
-        vocab = read_json(path)
-    else:
-        vocab = {}
-        for number, line in enumerate(read_text(path).removesuffix("\n").split("\n")):
-            token = line.rstrip("\r")
-            if vocab.setdefault(token, number) != number:
-                raise InputError(f"{path}, line {number + 1}: {token!r} for the second time")
-    missing = [token for token in specials if token not in vocab]
-    if missing:
-        raise InputError(f"{path}: the vocabulary has no {' '.join(missing)}")
-    owners = {}
-    for token, number in vocab.items():
-        if type(number) is not int or number < 0 or owners.setdefault(number, token) != token:
-            raise InputError(f"{path}: {token!r} has id {number!r}; ids differ, and count from 0")
-    return vocab
-
-
-def read_merges(path):
-    """Return the pairs of a merges.txt. Raises InputError for a line that is not a pair."""
-    merges = []
-    for line in read_text(path).split("\n"):
-        line = line.rstrip("\r")
-        if line and not line.startswith("#version"):
-            merges.append(tuple(line.split(" ")))
-            if len(merges[-1]) != 2:
-                raise InputError(f"{path}: {line!r} is not a pair of tokens")
-    return merges

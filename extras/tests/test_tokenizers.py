@@ -271,6 +271,14 @@ ROBERTA_VOCAB = numbered(ROBERTA_SPECIALS)
         ({"vocab.txt": b"\xff"}, "vocab.txt"),
         ({"vocab.json": "[]", "merges.txt": ""}, "vocab.json"),
         ({"vocab.json": ROBERTA_VOCAB, "merges.txt": "#version\na b c\n"}, "'a b c' is not a pair"),
+        (
+            {"vocab.json": ROBERTA_VOCAB | {"a": 7, "b": 8}, "merges.txt": "a b\n"},
+            "merges.txt: 'a b': the vocabulary has no 'ab'",
+        ),
+        (
+            {"vocab.txt": BERT_VOCAB, "tokenizer_config.json": '{"do_lower_case": "false"}'},
+            "tokenizer_config.json: do_lower_case is 'false': want true or false",
+        ),
         ({"vocab.json": ROBERTA_VOCAB | {"a": "7"}, "merges.txt": ""}, "'a' has id '7'"),
         ({"vocab.json": ROBERTA_VOCAB | {"a": -1}, "merges.txt": ""}, "'a' has id -1"),
         ({"vocab.json": ROBERTA_VOCAB | {"a": 4}, "merges.txt": ""}, "'a' has id 4"),
@@ -294,6 +302,10 @@ def test_files_are_read_with_their_options(tmp_path):
     tokenizer = tokenizers.load_tokenizer(tmp_path)
     assert tokens(tokenizer, "The the") == ["The", "the"]
     assert (tokenizer.strip_accents, tokenizer.split_cjk) == (True, False)
+
+    config.write_text('{"do_lower_case": null, "tokenize_chinese_chars": null}')
+    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    assert (tokenizer.lower, tokenizer.split_cjk) == (True, True)
 
     (tmp_path / "vocab.txt").unlink()
     config.write_text('{"add_prefix_space": true}')
