@@ -173,7 +173,7 @@ class BPE(Tokenizer):
         self.word_ids = functools.lru_cache(maxsize=100_000)(self.word_ids)
 
     def text_ids(self, text):
-        if self.add_prefix_space and text and not text[0].isspace():
+        if self.add_prefix_space and text and text[0] != " ":  # also before a tab
             text = " " + text
         ids = []
         for match in self.words.finditer("".join(map(stand_in, text))):

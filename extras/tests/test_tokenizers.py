@@ -199,6 +199,8 @@ def test_the_mask_takes_the_space_before_it_along_and_a_prefix_space_is_optional
     assert tokens(roberta(), "low \n<mask> low</s>") == ["low", "<mask>", "Ġlow", "</s>"]
     assert tokens(roberta(add_prefix_space=True), "low") == ["Ġlow"]
     assert tokens(roberta(add_prefix_space=True), " low") == ["Ġlow"]
+    assert tokens(roberta(add_prefix_space=True), "\tlow") == ["Ġ", "ĉ", "low"]
+    assert tokens(roberta(add_prefix_space=True), "\xa0low<s>") == ["Ġ", "Â", "ł", "low", "<s>"]
     vocab = numbered([*ROBERTA_SPECIALS, "a"])
     assert tokens(tokenizers.BPE(vocab, []), "ab") == ["a", "<unk>"]
 
