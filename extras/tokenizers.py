@@ -33,9 +33,11 @@ class Tokenizer:
         self.pad_id = vocab[pad]
         self.unk_id = vocab[unk]
         self.mask_id = vocab[mask]
-        # The mask takes the white space before it along. (?<!\s) keeps the search for it linear.
+        # The mask takes the white space before it along, where \x1c to \x1f are control characters,
+        # as in the reference. (?<!...) keeps the search for white space linear.
+        space = r"[^\S\x1c-\x1f]"
         others = "|".join(map(re.escape, self.specials[:-1]))
-        self.special_pattern = re.compile(rf"({others}|(?<!\s)\s*{re.escape(mask)})")
+        self.special_pattern = re.compile(rf"({others}|(?<!{space}){space}*{re.escape(mask)})")
 
     def ids(self, text):
         """Return the ids of a text. A special token written out in it counts as that token."""

@@ -201,6 +201,7 @@ def test_the_mask_takes_the_space_before_it_along_and_a_prefix_space_is_optional
     assert tokens(roberta(add_prefix_space=True), " low") == ["Ġlow"]
     assert tokens(roberta(add_prefix_space=True), "\tlow") == ["Ġ", "ĉ", "low"]
     assert tokens(roberta(add_prefix_space=True), "\xa0low<s>") == ["Ġ", "Â", "ł", "low", "<s>"]
+    assert tokens(roberta(), "\x1f<mask>") == ["ğ", "<mask>"]  # a control character is no space
     vocab = numbered([*ROBERTA_SPECIALS, "a"])
     assert tokens(tokenizers.BPE(vocab, []), "ab") == ["a", "<unk>"]
 
