@@ -20,10 +20,7 @@ import torch
 
 
 class InputError(ValueError):
-    """Input that cannot work. The message says what was given, what is allowed, and what to do.
-
-    It is one line of bounded length, whatever names and values it quotes.
-    """
+    """Input that cannot work: one line that says what was given, what is allowed, what to do."""
 
     def __init__(self, message):
         if len(message) > 1000:
