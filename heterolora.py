@@ -9,7 +9,7 @@ An adapter adds a low-rank map dW to a frozen linear map W. Only its first r ran
 
 Layer l of the encoder (input x[l], output of its attention half f[l]) has four connections that can
 carry an adapter too: two residual connections R = I + dW, and two new shortcuts S = 0 + dW. They
-are named after what they start from; the first layer has no S_ffn:
+are named after the half whose input they start from; the first layer has no S_ffn:
 
     f[l]   = LN1(R_attn x[l] + Attention(x[l])   + S_ffn f[l-1])
     x[l+1] = LN2(R_ffn f[l]  + FeedForward(f[l]) + S_attn x[l])
@@ -73,14 +73,14 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(d_out, rank))
         self.rank = rank  # how many ranks are on: the first ones
         self.max_rank = rank
-        self.scale = alpha / rank  # stays when ranks are switched, so that the others do not change
+        self.scale = alpha / rank  # fixed, so that switching a rank does not rescale the others
 
     def active(self, rank):
         """Return [(parameter, slices)]: the leading blocks of its parameters that `rank` uses."""
         return [(self.A, (slice(rank), slice(None))), (self.B, (slice(None), slice(rank)))]
 
     def attach(self, name, host, adapters):
-        """Take what the kind needs from its host or from the adapters before it; LoRA: nothing."""
+        """Read the host's weight, or share parameters of `adapters` injected so far; LoRA: no."""
 
     def forward(self, x, rank=None):
         """x (..., d_in) -> dW x (..., d_out) with `rank` ranks; None: with those that are on"""
@@ -138,16 +138,16 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
     """Put adapters into a model, in place, and freeze everything else: the paper's search space.
 
     targets are the last parts of the names of nn.Linear modules ("q", "v"). shortcuts are those of
-    connection points: an nn.Identity, which is a residual, or a module without parameters that
-    returns None; their width is model.config.hidden_size. Initial values depend on the seed, the
-    module's name and its shape. adapter is a class. Returns {module name: adapter}, all on. Raises
-    ValueError for a name that matches nothing.
+    connection points, as wide as model.config.hidden_size: an nn.Identity is a residual, a subclass
+    of it, which returns None, a new shortcut. Initial values depend on the seed, the module's name
+    and its shape. adapter is a class. Returns {module name: adapter}, all on; the optimizer needs
+    them all. Raises ValueError for a name that matches nothing, a bad rank, or a second call.
     """
     modules = dict(model.named_modules())
     if any(isinstance(module, (LoRALinear, LoRAShortcut)) for module in modules.values()):
         raise ValueError("this model has adapters already: inject once, then use set_ranks")
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    points = [name for name, module in modules.items() if not list(module.parameters())]
+    points = [name for name, module in modules.items() if isinstance(module, nn.Identity)]
     chosen = []
     for wanted, among in ((targets, linears), (shortcuts, points)):
         known = {name.split(".")[-1] for name in among}
@@ -156,6 +156,7 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
                 raise ValueError(f"the model has no {last!r}; it has: {', '.join(sorted(known))}")
         chosen += [name for name in among if name.split(".")[-1] in wanted]
 
+    shortcut_alpha = alpha if shortcut_alpha is None else shortcut_alpha
     model.requires_grad_(False)
     adapters = {}
     for name in sorted(chosen, key=list(modules).index):  # the model's own order
@@ -166,8 +167,8 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
             replacement = LoRALinear(host, new)
         else:
             D = model.config.hidden_size
-            new = adapter(D, D, rank, shortcut_alpha or alpha, generator)
-            replacement = LoRAShortcut(new, is_residual=isinstance(host, nn.Identity))
+            new = adapter(D, D, rank, shortcut_alpha, generator)
+            replacement = LoRAShortcut(new, is_residual=type(host) is nn.Identity)
         new.attach(name, host, adapters)
         beside = next(host.parameters(), next(model.parameters()))  # devices may differ by module
         new.to(beside.device)
@@ -195,8 +196,8 @@ def active_blocks(adapters, ranks=None):
     for name, adapter in adapters.items():
         rank = adapter.rank if ranks is None else ranks.get(name, 0)
         for parameter, slices in adapter.active(rank):
-            largest = blocks.get(parameter, slice(0))  # the same, of adapters that share it
-            if parameter[slices].numel() >= parameter[largest].numel():
+            used = blocks.get(parameter, slices)  # already, by adapters that share it
+            if parameter[slices].numel() >= parameter[used].numel():
                 blocks[parameter] = slices
     return blocks
 
@@ -226,21 +227,24 @@ def partly_on(adapters):
 def hold_off_ranks(adapters):
     """Keep ranks that are off as they are, bit for bit: `with hold_off_ranks(adapters): step()`.
 
-    A module that is off as a whole has no gradient, and optimizers skip it. Where a part is on, the
-    rest has a gradient of zero, and AdamW's momentum and weight decay would still move it.
+    This is for allocators that buy single ranks. Where a part is on, the gradient of the rest is 0,
+    and momentum and weight decay would still move it. A module that is off as a whole has no
+    gradient, if `zero_grad` sets it to None, and optimizers skip it.
     """
-    before = {parameter: parameter.detach().clone() for parameter in partly_on(adapters)}
+    partly = partly_on(adapters)
+    before = {parameter: parameter.detach().clone() for parameter in partly}
     yield
-    for parameter, part in partly_on(adapters).items():
+    for parameter, part in partly.items():
         before[parameter][part] = parameter.detach()[part]
         parameter.data.copy_(before[parameter])
 
 
 # ------------------------------------------------------------------------------------- proxies
 
-# For an adapted map y(x), let d = dL/dy. The gradient of the full matrix is G = dL/dW = d^T x, and
-# those of the adapter's own parameters come from autograd through the adapter alone. This works for
-# modules that are on or off, and in any backward pass, so that training steps give scores too.
+# For an adapted map y(x), let d = dL/dy. With x (N, d_in) and d (N, d_out) for all N tokens, the
+# gradient of the full matrix is G = dL/dW = d^T x (d_out, d_in). Those of the adapter's own
+# parameters come from autograd through the adapter alone. This works for modules that are on or
+# off, and in any backward pass, so that training steps give scores too.
 
 
 def adapter_gradients(adapter, x, d):
@@ -250,7 +254,7 @@ def adapter_gradients(adapter, x, d):
     dL/dA = scale B^T G (r_max, d_in) and dL/dB = scale G A^T (d_out, r_max).
     """
     parameters = [p for p in adapter.parameters() if p.requires_grad]
-    with torch.enable_grad():
+    with torch.enable_grad():  # hooks run without
         output = adapter(x, adapter.max_rank)
     return torch.autograd.grad(output, parameters, d.to(output.dtype))
 
@@ -259,21 +263,22 @@ def adapter_gradients(adapter, x, d):
 def recording(model, measure, sums):
     """Add measure(adapter, x, d), a list of tensors, to sums[adapter] in every backward pass.
 
-    Gives the list of the recorded outputs y. The model's outputs and gradients stay the same.
+    Gives a list of the places of all y in the graph. Outputs and gradients stay the same.
     """
     outputs = []
 
     def watch(module, inputs, y):
         """Keep an adapted map's input, and ask for the gradient of its output."""
         if not torch.is_grad_enabled():
-            raise RuntimeError("an adapted module runs without gradients: is it checkpointed?")
+            raise RuntimeError("an adapted module runs without gradients: no_grad, a checkpoint?")
         x = inputs[0].detach()
         version = x._version
         if y is None:  # a shortcut that is off: zeros change no sum, and have a gradient
             y = torch.zeros_like(x)
-        # The output needs a gradient of its own. A residual's y may be x, which others use too: a
-        # view is a new node of the graph. A y without gradient becomes a leaf that has one.
-        y = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
+        if not y.requires_grad:  # nothing below is trained: a leaf, so that backward comes here
+            y = y.detach().requires_grad_().clone()  # cloned, as who comes next may change it
+        elif y is inputs[0]:  # a residual that is off: d is to be of y alone, not of x
+            y = y.view_as(y)
 
         def keep(d):
             """Measure, once d = dL/dy is there."""
@@ -284,7 +289,7 @@ def recording(model, measure, sums):
             sums[module.adapter] = [old + new for old, new in zip(before, values, strict=True)]
 
         y.register_hook(keep)
-        outputs.append(y)
+        outputs.append(torch.autograd.graph.get_gradient_edge(y))
         return y
 
     adapted = [m for m in model.modules() if isinstance(m, (LoRALinear, LoRAShortcut))]
@@ -302,12 +307,12 @@ PROXIES = {}  # name -> function, see `proxy`
 def proxy(name, measure=adapter_gradients):
     """Register a function that scores modules: a number, higher = keep, or one for each rank.
 
-    @proxy("mine") def mine(adapter, *gradients) gets a tensor for each trainable parameter of the
-    adapter, in the order of adapter.parameters(): the gradient's mean over the batches.
-    @proxy("mine", measure) def mine(adapter, *means) gets the means of the tensors in the list that
-    measure(adapter, x, d) returns. Both can be read off training steps.
-    @proxy("mine", None) def mine(model, adapters, batches, loss_fn) makes passes of its own, and
-    returns {name: score}.
+    @proxy(name): function(adapter, *gradients), the mean gradient of every trainable parameter of
+    the adapter, over batches, in the order of adapter.parameters().
+    @proxy(name, measure): function(adapter, *means), means over batches of the tensors in the list
+    that measure(adapter, x, d) returns. Both can be read off training steps.
+    @proxy(name, None): function(model, adapters, batches, loss_fn) -> {name: score}, by passes of
+    its own.
     """
 
     def register(function):
@@ -335,7 +340,7 @@ def snip(adapter, *gradients):
     """sum |A * dL/dA| + sum |B * dL/dB|. The paper's SNIP (Lee et al. 2019, arXiv 1810.02340).
 
     While B = 0 it is 0 for every module, since dL/dA = scale B^T G is 0 too: the first allocation
-    is a random draw. Only its modules leave B = 0, so they win every later one.
+    is a random draw. Only the drawn modules train and leave B = 0, so they win ever after.
     """
     parameters = [p for p in adapter.parameters() if p.requires_grad]
     products = [(p * g).abs().sum() for p, g in zip(parameters, gradients, strict=True)]
@@ -362,7 +367,10 @@ def synflow(model, adapters, batches, loss_fn):
 
 
 class _Linearised(TorchFunctionMode):
-    """Replace the functions of encoders by linear ones, the loss by the first example's logits."""
+    """Replace the functions of encoders by linear ones, the loss by the first example's logits.
+
+    loss_fn must call cross_entropy or mse_loss with the logits. What is not listed stays as it is.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -410,7 +418,9 @@ def greedy(scores, costs, budget, generator):
 
     The paper's ranking. Equal scores come in random order. A list of scores counts as its sum.
     """
-    totals = {name: float(torch.tensor(score).sum()) for name, score in scores.items()}
+    totals = {
+        name: torch.tensor(score, dtype=torch.double).sum().item() for name, score in scores.items()
+    }
     if not any(totals.values()):
         warnings.warn(
             "all scores are 0: this is a random draw. Scores made of B are 0 while B = 0: use "
@@ -451,7 +461,7 @@ class HeteroLoRA:
     """
 
     model: nn.Module
-    adapters: dict
+    adapters: dict  # from `inject`
     budget: int  # parameters
     loss_fn: Callable  # loss_fn(model, batch) returns a scalar; batches must be training data
     proxy: str = "grad-norm"
@@ -493,19 +503,20 @@ class HeteroLoRA:
                 for batch in batches:
                     with recording(self.model, function.measure, sums) as outputs:
                         loss = self.loss_fn(self.model, batch)
-                        torch.autograd.grad(loss, outputs, allow_unused=True)
+                        torch.autograd.grad(loss, outputs, allow_unused=True)  # runs the hooks
             scores = self._from_means(sums, len(batches))
         for name, score in scores.items():
-            scores[name] = torch.as_tensor(score, dtype=torch.double).tolist()
-            if not torch.as_tensor(scores[name]).isfinite().all():
-                raise FloatingPointError(f"proxy {self.proxy} gives {scores[name]} for {name}")
+            score = torch.as_tensor(score, dtype=torch.double)
+            if not score.isfinite().all():
+                raise FloatingPointError(f"proxy {self.proxy} gives {score.tolist()} for {name}")
+            scores[name] = score.tolist()
         return scores
 
     @torch.no_grad()
     def _from_means(self, sums, steps):
         if steps == 0:
             raise ValueError("nothing to score: give batches, or record training steps first")
-        scores = dict.fromkeys(self.adapters, 0.0)  # stays for what the loss does not depend on
+        scores = dict.fromkeys(self.adapters, 0.0)  # of a module that the loss does not reach
         for name, adapter in self.adapters.items():
             if adapter in sums:
                 means = [total / steps for total in sums[adapter]]

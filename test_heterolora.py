@@ -520,6 +520,21 @@ def test_an_input_that_is_changed_in_place_is_refused():
         HeteroLoRA(model, adapters, 0, loss).score([torch.ones(2, 4)])
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_outputs_that_are_changed_in_place_score_as_if_they_were_not(is_first):
+    scores = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(4, 8), nn.ReLU(inplace), nn.Linear(8, 3)]
+        model = nn.Sequential(*([] if is_first else [nn.Linear(4, 4)]), *layers)
+        linears = [name for name, module in model.named_children() if name != str(len(model) - 2)]
+        adapters = inject(model, linears, [], 2, 2)
+        search = HeteroLoRA(model, adapters, 0, lambda model, x: model(x).square().sum())
+        scores.append(search.score([torch.ones(2, 4)]))
+    assert scores[0] == scores[1]
+    assert all(scores[0].values())
+
+
 def test_a_module_inside_a_reentrant_checkpoint_is_refused_instead_of_scored_zero():
     model = nn.Sequential(nn.Linear(4, 3))
     adapters = inject(model, ["0"], [], 2, 2)
@@ -527,7 +542,7 @@ def test_a_module_inside_a_reentrant_checkpoint_is_refused_instead_of_scored_zer
     def loss(model, x):
         return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True).sum()
 
-    with pytest.raises(RuntimeError, match="checkpointed"):
+    with pytest.raises(RuntimeError, match="a checkpoint"):
         HeteroLoRA(model, adapters, 0, loss).score([torch.ones(2, 4, requires_grad=True)])
 
 
