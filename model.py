@@ -37,22 +37,11 @@ ACTIVATIONS = {  # hidden_act of config.json -> function; "gelu" is the exact on
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-RANGES = {  # the lowest and highest value of a field; the other whole numbers go from 1 to 10^7
-    "num_hidden_layers": (1, 1000),
-    "pad_token_id": (0, 10_000_000),
-    "hidden_dropout_prob": (0, 0.99),
-    "attention_probs_dropout_prob": (0, 0.99),
-    "layer_norm_eps": (1e-20, 1),
-    "initializer_range": (1e-20, 1),
-}
 
 
 @dataclasses.dataclass
 class EncoderConfig:
-    """The fields of Hugging Face's config.json that shape the encoder, under their names there.
-
-    Raises ValueError for a value that no encoder can have.
-    """
+    """The fields of Hugging Face's config.json that shape the encoder, under their names there."""
 
     model_type: str = "bert"
     vocab_size: int = 30522
@@ -68,25 +57,6 @@ class EncoderConfig:
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     pad_token_id: int = 0
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kind = (int, float) if field.type is float else (field.type,)
-            if type(value) not in kind:
-                raise ValueError(f"{field.name} {value!r}: want a {field.type.__name__}")
-            low, high = RANGES.get(field.name, (1, 10_000_000))
-            if field.type is not str and not low <= value <= high:  # NaN is in no range
-                raise ValueError(f"{field.name} {value}: want {low} to {high}")
-        if self.model_type not in ("bert", "roberta"):
-            raise ValueError(f"model_type {self.model_type!r}: bert and roberta are supported")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act {self.hidden_act!r}: want one of {', '.join(ACTIVATIONS)}"
-            )
-        D, H = self.hidden_size, self.num_attention_heads
-        if D % H:
-            raise ValueError(f"hidden_size {D} is not a multiple of num_attention_heads {H}")
 
 
 class Nothing(nn.Identity):
@@ -116,9 +86,9 @@ class Attention(nn.Module):
     def forward(self, q, k, v, mask):
         """q, k, v (B, T, D) and mask (B, 1, 1, T), True for real tokens -> (B, T, D)"""
         B, T, D = q.shape
-        q = q.view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, H, T, D/H)
-        k = k.view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, H, T, D/H)
-        v = v.view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, H, T, D/H)
+        q = q.view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D/H)
+        k = k.view(B, T, self.heads, -1).transpose(1, 2)
+        v = v.view(B, T, self.heads, -1).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return y.transpose(1, 2).reshape(B, T, D)
@@ -176,9 +146,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, is_first=i == 0) for i in range(n))
         self.max_length = config.max_position_embeddings  # of a sequence, in tokens
         self.is_roberta = config.model_type == "roberta"
-        if (
-            self.is_roberta
-        ):  # counts positions from pad_token_id + 1, and gives padding pad_token_id
+        if self.is_roberta:  # counts from pad_token_id + 1, and gives padding pad_token_id
             self.max_length -= config.pad_token_id + 1
 
     def positions(self, input_ids):

@@ -18,8 +18,9 @@ import zipfile
 import torch
 
 from data import InputError
-from extras.files import new_folder, read_json, refuse_git_pointer, write
-from model import Encoder, EncoderConfig
+from extras.configs import read_config
+from extras.files import new_folder, refuse_git_pointer, write
+from model import Encoder
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first one that is there counts
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -188,33 +189,6 @@ def find_checkpoint(name_or_dir):
     from extras.downloads import hub_folder
 
     return hub_folder(name)
-
-
-def read_config(folder):
-    """Return the EncoderConfig of a folder, with Hugging Face's defaults for what it leaves out.
-
-    Raises InputError for a missing file, and for an architecture that Encoder does not compute.
-    """
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise InputError(f"{folder}: no Hugging Face checkpoint: there is no config.json in it")
-    given = read_json(path)
-    if "model_type" not in given:
-        raise InputError(f"{path}: no model_type: not the config.json of a BERT or RoBERTa")
-    if given.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError(f"{path}: position_embedding_type: only 'absolute' is supported")
-    for field in ("is_decoder", "add_cross_attention"):
-        if given.get(field, False):
-            raise InputError(f"{path}: {field} is true: only encoders are supported")
-    is_roberta = given["model_type"] == "roberta"
-    fields = {"vocab_size": 50265, "pad_token_id": 1} if is_roberta else {}
-    for field in dataclasses.fields(EncoderConfig):
-        if field.name in given:
-            fields[field.name] = given[field.name]
-    try:
-        return EncoderConfig(**fields)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def read_weights(folder):
