@@ -207,7 +207,7 @@ def load_encoder(folder):
     Heads and poolers are left out. Raises InputError for a missing file or tensor, a damaged one,
     a wrong shape, numbers that are not finite, and layers that config.json does not have.
     """
-    config = read_config(folder)
+    config = read_config(os.path.join(folder, "config.json"))
     path, tensors = read_weights(folder)
     with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced
         encoder = Encoder(config)

@@ -17,13 +17,13 @@ RANGES = {  # the lowest and highest value of a field; the other whole numbers g
 }
 
 
-def read_config(folder):
-    """Return the EncoderConfig of a folder, with Hugging Face's defaults for what it leaves out.
+def read_config(path):
+    """Return the EncoderConfig of a config.json, with Hugging Face's defaults for what is left out.
 
     Raises InputError for a missing file, and for an architecture that Encoder does not compute.
     """
-    path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
+        folder = os.path.dirname(path)
         raise InputError(f"{folder}: no Hugging Face checkpoint: there is no config.json in it")
     given = read_json(path)
     if "model_type" not in given:

@@ -1,8 +1,11 @@
-"""What extras/downloads.py claims, against a server on this machine."""
+"""What extras/downloads.py and transfer.py claim, against a server on this machine."""
 
+import contextlib
+import functools
 import hashlib
 import http.server
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -12,20 +15,42 @@ import zipfile
 import zlib
 
 import pytest
+import torch
 
-from data import InputError
-from extras import downloads
+from data import GLUE, InputError
+from extras import downloads, transfer
 
 BODY = random.Random(0).randbytes(900_000)
-BERT = b'{"model_type": "bert"}'
+BERT = b'{"model_type": "bert", "vocab_size": 105}'
+ROBERTA = b'{"model_type": "roberta", "vocab_size": 8}'
+VOCAB_TXT = b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n" + b"".join(b"w%03d\n" % i for i in range(100))
+ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "ab"]
+VOCAB_JSON = json.dumps({token: i for i, token in enumerate(ROBERTA_TOKENS)}).encode()
+
+
+def safetensors(content):
+    """Return a .safetensors file with one tensor of bytes."""
+    entry = {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}
+    header = json.dumps({"a": entry}).encode()
+    return len(header).to_bytes(8, "little") + header + content
+
+
+def pickled(value):
+    """Return what torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+WEIGHTS = safetensors(BODY)
 
 
 class Server(http.server.ThreadingHTTPServer):
     """Serve `content`, {path: bytes}, and note every request in `asked`, [(path, headers)].
 
     faults: {path: [what goes wrong with the first request, with the second, ...]}, each a status
-    {"status": 500}, a redirect {"to": address}, a body that ends early {"cut": bytes}, or
-    headers that are not true.
+    {"status": 500} without the body or {"as": 206} with it, a redirect {"to": address}, a body that
+    ends early {"cut": bytes}, another body {"body": bytes}, or headers that are not true or None.
     """
 
     daemon_threads = True
@@ -54,7 +79,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return self.end_headers()
         if "status" in fault or self.path not in self.server.content:
             return self.send_error(fault.get("status", 404))
-        body = self.server.content[self.path]
+        body = fault.get("body", self.server.content[self.path])
         etag = f'"{zlib.crc32(body)}"'
         start = 0
         wanted = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -66,10 +91,11 @@ class Answer(http.server.BaseHTTPRequestHandler):
         headers["Content-Length"] = str(len(body) - start)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        headers |= {name: value for name, value in fault.items() if name in headers}
-        self.send_response(206 if start else 200)
+        headers |= {name: value for name, value in fault.items() if name[0].isupper()}
+        self.send_response(fault.get("as", 206 if start else 200))
         for name, value in headers.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[start : start + fault.get("cut", len(body))])
 
@@ -77,7 +103,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     server = Server()
-    monkeypatch.setattr(downloads, "PAUSES", (0, 0, 0, 0))
+    monkeypatch.setattr(transfer, "PAUSES", (0, 0, 0, 0))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("HETEROLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", server.url)
@@ -88,10 +114,14 @@ def server(monkeypatch, tmp_path):
     server.server_close()
 
 
-def fetch(server, folder, sha256=None):
+def accept(path):
+    """Accept any file."""
+
+
+def fetch(server, folder, check=accept):
     """Download /file from the server into a folder, and return its content."""
     path = str(folder / "file")
-    downloads.fetch(server.url + "/file", path, sha256)
+    transfer.fetch(server.url + "/file", path, check)
     with open(path, "rb") as file:
         return file.read()
 
@@ -118,7 +148,7 @@ def test_the_next_call_goes_on_with_the_same_version_and_begins_anew_with_anothe
         folder = tmp_path / str(expected)
         with pytest.raises(InputError, match="500 Internal Server Error; gave up after 4"):
             fetch(server, folder)
-        assert files_in(folder) == ["file.part", "file.part.etag"]
+        assert files_in(folder) == ["unfinished-file", "unfinished-file.etag"]
         server.content["/file"] = body
         assert fetch(server, folder) == body
         assert server.ranges()[-1] == "bytes=500000-"
@@ -134,6 +164,15 @@ def test_a_part_that_does_not_fit_is_not_glued_on(server, tmp_path, lie):
     assert server.ranges() == [None, "bytes=500000-", None]
 
 
+@pytest.mark.parametrize("etag", ['"1"', "", None])
+def test_a_part_that_was_not_asked_for_is_not_kept(server, tmp_path, etag):
+    server.content["/file"] = BODY
+    part = {"as": 206, "ETag": etag, "Content-Range": "bytes 0-899999/900000"}
+    server.faults["/file"] = [part, {"cut": 500_000, "ETag": etag} | part, {}]
+    assert fetch(server, tmp_path) == BODY
+    assert server.ranges() == [None, None, None]
+
+
 def test_a_version_without_a_strong_name_is_not_gone_on_with(server, tmp_path):
     server.content["/file"] = BODY
     server.faults["/file"] = [{"cut": 500_000, "ETag": 'W/"weak"'}]
@@ -147,9 +186,12 @@ def test_a_version_without_a_strong_name_is_not_gone_on_with(server, tmp_path):
         ([{"status": 404}], "404", 1),
         ([{"status": 401}], "401 Unauthorized: .*HF_TOKEN", 1),
         ([{"to": "/file"}] * 20, "infinite loop", 5),
+        ([{"to": "http://["}] * 4, "the answer is none: Invalid IPv6 URL; gave up", 4),
         ([{"Content-Type": "text/html"}], "a web page came instead", 1),
         ([{"cut": 0, "Content-Length": "0"}] * 4, "the file is empty", 4),
         ([{"Content-Length": "999999", "ETag": ""}] * 4, "900000 bytes came instead of 999999", 4),
+        ([{"Content-Length": None}] * 4, "does not say how long the file is", 4),
+        ([{"as": 203}] * 4, "status 203 came", 4),
     ],
 )
 def test_a_download_that_fails_names_the_address_and_leaves_no_file(
@@ -166,15 +208,20 @@ def test_a_download_that_fails_names_the_address_and_leaves_no_file(
 
 def test_a_server_that_cannot_be_reached_is_an_error(server, tmp_path):
     with pytest.raises(InputError, match="cannot be reached: .*refused; gave up after 4"):
-        downloads.fetch("http://127.0.0.1:9/file", str(tmp_path / "file"))
+        transfer.fetch("http://127.0.0.1:9/file", str(tmp_path / "file"), accept)
 
 
 def test_a_file_with_another_sha256_is_refused_and_not_kept(server, tmp_path):
     server.content["/file"] = BODY
-    with pytest.raises(InputError, match="SHA-256 is [0-9a-f]{64} instead of 000"):
-        fetch(server, tmp_path, "0" * 64)
-    assert "file.part" not in files_in(tmp_path)
-    assert fetch(server, tmp_path, hashlib.sha256(BODY).hexdigest()) == BODY
+    for wanted in ("0" * 64, hashlib.sha256(BODY).hexdigest()):
+        check = functools.partial(downloads.check_sha256, wanted=wanted)
+        if wanted.startswith("0"):
+            with pytest.raises(
+                InputError, match="file: refused: SHA-256 is [0-9a-f]{64} instead of 0"
+            ):
+                fetch(server, tmp_path, check)
+            assert files_in(tmp_path) == []
+    assert fetch(server, tmp_path, check) == BODY
 
 
 def test_the_token_goes_to_the_hub_and_to_no_other_host(server, tmp_path, monkeypatch):
@@ -184,7 +231,7 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host(server, tmp_path, monkey
     server.faults["/file"] = [{"to": "/file"}, {"to": other.url + "/far"}]
     assert fetch(server, tmp_path) == BODY
     assert [headers.get("Authorization") for _, headers in server.asked] == ["Bearer secret"] * 2
-    downloads.fetch(other.url + "/far", str(tmp_path / "far"))
+    transfer.fetch(other.url + "/far", str(tmp_path / "far"), accept)
     assert [headers.get("Authorization") for _, headers in other.asked] == [None, None]
     other.shutdown()
     other.server_close()
@@ -207,12 +254,17 @@ def on_the_hub(server, **files):
 @pytest.mark.parametrize(
     "files",
     [
-        {"vocab__txt": b"a", "model__safetensors": BODY},
-        {"vocab__json": b"{}", "merges__txt": b"a b", "pytorch_model__bin": BODY},
+        {"config__json": BERT, "vocab__txt": VOCAB_TXT, "model__safetensors": WEIGHTS},
+        {
+            "config__json": ROBERTA,
+            "vocab__json": VOCAB_JSON,
+            "merges__txt": b"a b",
+            "pytorch_model__bin": pickled({"a": torch.ones(2)}),
+        },
     ],
 )
 def test_a_hub_model_is_downloaded_once_weights_last(server, files, monkeypatch):
-    on_the_hub(server, config__json=BERT, tokenizer_config__json=b"{}", **files)
+    on_the_hub(server, tokenizer_config__json=b"{}", **files)
     folder = downloads.hub_folder("some/model")
     assert len(os.listdir(folder)) == len(server.content)
     assert server.asked[-1][0] in [path for path in server.content if path.endswith(("s", "bin"))]
@@ -222,7 +274,7 @@ def test_a_hub_model_is_downloaded_once_weights_last(server, files, monkeypatch)
 
 @pytest.mark.parametrize("lost", ["config.json", "vocab.txt", "model.safetensors"])
 def test_a_folder_without_config_vocabulary_or_weights_is_filled_up(server, lost):
-    on_the_hub(server, config__json=BERT, vocab__txt=b"a", model__safetensors=BODY)
+    on_the_hub(server, config__json=BERT, vocab__txt=VOCAB_TXT, model__safetensors=WEIGHTS)
     folder = downloads.hub_folder("some/model")
     os.remove(os.path.join(folder, lost))
     downloads.hub_folder("some/model")
@@ -233,9 +285,9 @@ def test_a_folder_without_config_vocabulary_or_weights_is_filled_up(server, lost
     "files, message",
     [
         ({}, "some/model is no folder here, and the hub has no config.json"),
-        ({"config__json": b'{"model_type": "t5"}', "model__safetensors": BODY}, "t5"),
-        ({"config__json": BERT, "vocab__json": b"{}"}, "neither vocab.txt nor"),
-        ({"config__json": BERT, "vocab__txt": b"a"}, "sharded ones are not read"),
+        ({"config__json": b'{"model_type": "t5"}', "model__safetensors": WEIGHTS}, "t5"),
+        ({"config__json": ROBERTA, "vocab__json": VOCAB_JSON}, "neither vocab.txt nor"),
+        ({"config__json": BERT, "vocab__txt": VOCAB_TXT}, "sharded ones are not read"),
     ],
 )
 def test_a_model_that_cannot_be_used_is_refused_before_its_weights_come(server, files, message):
@@ -247,14 +299,47 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_come(server, 
     assert not any("model." in path for path in downloaded)
 
 
+JUNK = [b"<!doctype html>", b"not what was asked for", b"\x1f\x8b\x08\0\xff", BODY]
+WHOLE = {
+    "config.json": BERT,
+    "tokenizer_config.json": b"{}",
+    "vocab.txt": VOCAB_TXT,
+    "model.safetensors": WEIGHTS,
+}
+WHOLE_ROBERTA = {
+    "config.json": ROBERTA,
+    "vocab.json": VOCAB_JSON,
+    "merges.txt": b"a b",
+    "pytorch_model.bin": pickled({"a": torch.ones(2)}),
+}
+
+
+@pytest.mark.parametrize("model", [WHOLE, WHOLE_ROBERTA], ids=["bert", "roberta"])
+def test_an_answer_that_cannot_be_read_does_not_enter_the_cache(server, tmp_path, model):
+    folder = tmp_path / "cache" / "hub" / "some" / "model"
+    for name, content in model.items():
+        address = f"/some/model/resolve/main/{name}"
+        server.content[address] = content
+        for body in (*JUNK, content[: len(content) // 2]):
+            server.faults[address] = [{"body": body}]
+            with pytest.raises(InputError, match=f"main/{name}: refused: .*unfinished-{name}"):
+                downloads.hub_folder("some/model")
+            assert not [file for file in os.listdir(folder) if name in file]
+        with contextlib.suppress(InputError):  # until the last one, the next file is missing
+            downloads.hub_folder("some/model")
+    for name, content in model.items():
+        assert (folder / name).read_bytes() == content
+
+
 def check_the_weights():
+    torch.set_num_threads(1)  # a process made by fork has lost torch's threads
     folder = downloads.hub_folder("some/model")
     with open(os.path.join(folder, "model.safetensors"), "rb") as file:
-        assert file.read() == BODY
+        assert file.read() == WEIGHTS
 
 
 def test_two_processes_that_download_at_the_same_time_both_get_whole_files(server):
-    on_the_hub(server, config__json=BERT, vocab__txt=b"a", model__safetensors=BODY)
+    on_the_hub(server, config__json=BERT, vocab__txt=VOCAB_TXT, model__safetensors=WEIGHTS)
     weights = "/some/model/resolve/main/model.safetensors"
     server.faults[weights] = [{"cut": 300_000}, {"cut": 300_000}]
     context = multiprocessing.get_context("fork")
@@ -271,6 +356,13 @@ def test_an_address_without_https_is_refused(server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
     with pytest.raises(InputError, match="HF_ENDPOINT=mirror.example: give an address"):
         downloads.hub_folder("some/model")
+
+
+def tsv(task, text):
+    """Return a GLUE file with one example."""
+    form = GLUE[task]
+    header = "\t".join([*form.texts, form.label])
+    return header + "\n" + "\t".join([text] * len(form.texts) + [form.labels[0]]) + "\n"
 
 
 def zipped(**files):
@@ -295,24 +387,39 @@ def zipped(**files):
 def test_glue_is_downloaded_once_and_taken_out_of_its_zip(
     server, tmp_path, task, archive, folder, dev
 ):
-    content = zipped(**{f"{folder}_train": "a", f"{folder}_{dev}": "b", ".._evil": "c"})
+    files = {f"{folder}_train": tsv(task, "a"), f"{folder}_{dev}": tsv(task, "b"), ".._evil": "c"}
+    content = zipped(**files)
     server.content[f"/glue/data/{archive}.zip"] = content
     data_dir = downloads.glue_folder(task)
     assert downloads.glue_folder(task) == data_dir
     assert len(server.asked) == 1
     assert files_in(tmp_path / "cache") == [f"{dev}.tsv", "lock", "train.tsv"]
     with open(os.path.join(data_dir, folder, f"{dev}.tsv")) as file:
-        assert file.read() == "b"
+        assert file.read() == tsv(task, "b")
+
+
+A, B = tsv("rte", "a"), tsv("rte", "b")
 
 
 @pytest.mark.parametrize(
-    "archive", [b"no zip", zipped(RTE_train="a"), zipped(RTE_train="a", RTE_dev="b")[:-30]]
+    "archive, message",
+    [
+        (b"no zip", "refused: a damaged archive"),
+        (zipped(RTE_train=A), "refused: a damaged archive: .*no item named 'RTE/dev.tsv'"),
+        (zipped(RTE_train=A, RTE_dev=B)[:-30], "refused: a damaged archive"),
+        (zipped(RTE_train=A, RTE_dev="<html>"), "unfinished-dev.tsv, line 1: no column"),
+        (zipped(RTE_train=A + "b\n", RTE_dev=B), "unfinished-train.tsv, line 3: 1 columns"),
+    ],
+    ids=range(5),
 )
-def test_a_damaged_archive_is_refused_and_not_kept(server, tmp_path, archive):
+def test_an_archive_that_cannot_be_read_is_not_kept(server, tmp_path, archive, message):
     server.content["/glue/data/RTE.zip"] = archive
-    with pytest.raises(InputError, match="RTE.zip: a damaged archive: .*; --data-dir takes files"):
+    with pytest.raises(InputError, match=f"{message}.*; --data-dir takes files"):
         downloads.glue_folder("rte")
-    assert files_in(tmp_path / "cache") == ["lock"]
+    assert not {"dev.tsv", "archive.zip"} & set(files_in(tmp_path / "cache"))
+    server.content["/glue/data/RTE.zip"] = zipped(RTE_train=A, RTE_dev=B)
+    downloads.glue_folder("rte")
+    assert files_in(tmp_path / "cache") == ["dev.tsv", "lock", "train.tsv"]
 
 
 def test_mrpc_is_split_by_the_list_of_dev_pairs_and_checked(server, monkeypatch):
