@@ -127,7 +127,7 @@ def load_task(name, data_dir=None):
 
 def load_glue(name, data_dir):
     """Return a GLUE task. Raises InputError."""
-    from extras.tables import read_table, to_examples
+    from extras.tables import read_glue
 
     form = GLUE[name]
     if data_dir is None:
@@ -139,9 +139,7 @@ def load_glue(name, data_dir):
         raise InputError(f"{data_dir} has no {form.folder}/ in it: --data-dir is the folder above")
     task = Task([], [], form.labels, form.metric)
     for file, part in (("train.tsv", task.train), (form.dev_file, task.dev)):
-        path = os.path.join(folder, file)
-        rows = read_table(path, [form.texts], form.label, form.header)
-        part += to_examples(path, rows, form.labels)
+        part += read_glue(os.path.join(folder, file), form)
     return task
 
 

@@ -8,10 +8,11 @@ import hashlib
 import os
 import zipfile
 
-from data import GLUE, InputError, read_glue, read_text
+from data import GLUE, InputError, read_text
 from extras.checkpoints import read_pickle, read_safetensors
 from extras.configs import read_config
 from extras.files import cache_path, write
+from extras.tables import read_glue
 from extras.tokenizers import BPE, WordPiece
 from extras.transfer import HUB, NotThere, address_of, fetch, keep, lock, unfinished
 from extras.vocabularies import read_merges, read_options, read_vocabulary

@@ -15,6 +15,12 @@ HELD_OUT = 0.1
 FEW = 20  # so many different labels are classes, in however few rows
 
 
+def read_glue(path, form):
+    """Return the examples of one file of a GLUE task, a data.GlueFormat. Raises InputError."""
+    rows = read_table(path, [form.texts], form.label, form.header)
+    return to_examples(path, rows, form.labels)
+
+
 def read_table(path, texts, label, header=None):
     """Return [(line number, texts, label)] of a file of lines with tabs. Raises InputError.
 

@@ -407,7 +407,7 @@ A, B = tsv("rte", "a"), tsv("rte", "b")
         (b"no zip", "refused: a damaged archive"),
         (zipped(RTE_train=A), "refused: a damaged archive: .*no item named 'RTE/dev.tsv'"),
         (zipped(RTE_train=A, RTE_dev=B)[:-30], "refused: a damaged archive"),
-        (zipped(RTE_train=A, RTE_dev="<html>"), "unfinished-dev.tsv, line 1: no column"),
+        (zipped(RTE_train=A, RTE_dev="<html>"), "unfinished-dev.tsv, line 1: want one column"),
         (zipped(RTE_train=A + "b\n", RTE_dev=B), "unfinished-train.tsv, line 3: 1 columns"),
     ],
     ids=range(5),
