@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import struct
 import sys
 import time
@@ -273,6 +274,20 @@ def test_a_flipped_bit_in_a_pickle_is_refused_or_changes_nothing(tmp_path):
             continue
         assert torch.equal(value["weight"], torch.arange(40.0)) and value["ranks"] == {"q": 3}
     assert refused > 100
+
+
+def test_a_tensor_that_is_marked_as_a_folder_is_refused(tmp_path):
+    """torch.load would give whatever was in memory, and the checksums are right."""
+    torch.save({"weight": torch.arange(40.0)}, tmp_path / "t.pt")
+    raw = (tmp_path / "t.pt").read_bytes()
+    entries = [match.start() for match in re.finditer(b"PK\x01\x02", raw)]
+    assert len(entries) > 3
+    for start in entries:
+        flipped = bytearray(raw)
+        flipped[start + 38] ^= 0x10
+        (tmp_path / "t.pt").write_bytes(flipped)
+        with pytest.raises(InputError, match="cannot be read: damaged"):
+            checkpoints.read_pickle(tmp_path / "t.pt", ["weight"])
 
 
 def test_a_pickle_is_refused_for_what_it_lacks_or_is_not(tmp_path):
