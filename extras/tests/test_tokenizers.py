@@ -166,8 +166,8 @@ def test_roberta_joins_pairs_as_gpt2_does_in_whatever_order_the_merges_are():
         rng.shuffle(merges)
         ranks = {pair: rank for rank, pair in enumerate(merges)}
         tokenizer = roberta(merges)
-        for _ in range(20):
-            word = "".join(rng.choices("abc", k=rng.randrange(30)))
+        for length in [*range(20), 1000]:
+            word = "".join(rng.choices("abc", k=length))
             assert tokens(tokenizer, word) == gpt2_bpe(word, ranks)
 
 
@@ -241,6 +241,7 @@ def test_truncation_takes_one_id_at_a_time_from_the_longer_text():
 
 LONG_TEXTS = {
     "spaces": " " * 100_000,
+    "spaces within": "a" + " \n\xa0" * 33_000 + "b",
     "one word": "abcdefghijklmnopqrst" * 5_000,
     "shuffled": "".join(random.Random(0).choices("abcdefghijklmnopqrst", k=100_000)),
     "different words": " ".join(f"w{i}" for i in range(100_000)),
