@@ -217,6 +217,7 @@ def build(args, num_labels):
     tokenizer = data.load_tokenizer(folder)
     if max(tokenizer.vocab.values()) >= encoder.config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has more words than the encoder")
+    tokenizer.second_type = min(tokenizer.second_type, encoder.config.type_vocab_size - 1)
     if os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)
     args.max_length = min(args.max_length, encoder.max_length)
