@@ -830,18 +830,6 @@ def copy_builtin(folder, **changes):
     return str(folder)
 
 
-def test_pairs_are_fine_for_an_encoder_that_knows_one_type_of_token(tmp_path):
-    from extras import checkpoints
-
-    folder = copy_builtin(tmp_path / "model", type_vocab_size=1)
-    path = os.path.join(folder, "model.safetensors")
-    tensors = checkpoints.read_safetensors(path)
-    name = next(name for name in tensors if "token_type" in name)
-    tensors[name] = tensors[name][:1]
-    checkpoints.write_safetensors(path, tensors)
-    assert run("--method", "head", "--model", folder) == 0
-
-
 def test_dropout_is_the_same_for_the_same_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     model = copy_builtin(tmp_path / "model", hidden_dropout_prob=0.5)

@@ -14,6 +14,7 @@ import extras.state
 import heterolora
 import train
 from data import InputError
+from extras import checkpoints
 from model import Encoder
 from test_heterolora import SMALL, copy_builtin, inject, read_losses, run
 
@@ -44,6 +45,16 @@ def test_a_run_follows_its_checkpoint_to_another_folder(tmp_path):
     (tmp_path / "old").rename(tmp_path / "new")
     assert train.main(["--resume", str(tmp_path / "a"), "--model", str(tmp_path / "new")]) == 0
     assert train.load_run(tmp_path / "a").labels == ["0", "1"]
+
+
+def test_pairs_are_fine_for_an_encoder_that_knows_one_type_of_token(tmp_path):
+    folder = copy_builtin(tmp_path / "model", type_vocab_size=1)
+    path = os.path.join(folder, "model.safetensors")
+    tensors = checkpoints.read_safetensors(path)
+    name = next(name for name in tensors if "token_type" in name)
+    tensors[name] = tensors[name][:1]
+    checkpoints.write_safetensors(path, tensors)
+    assert run("--method", "head", "--model", folder) == 0
 
 
 def test_what_recording_adds_counts_as_search_and_not_as_training():
