@@ -503,7 +503,8 @@ class HeteroLoRA:
                 for batch in batches:
                     with recording(self.model, function.measure, sums) as outputs:
                         loss = self.loss_fn(self.model, batch)
-                        torch.autograd.grad(loss, outputs, allow_unused=True)  # runs the hooks
+                        if outputs:  # some adapted module was reached; this runs the hooks
+                            torch.autograd.grad(loss, outputs, allow_unused=True)
             scores = self._from_means(sums, len(batches))
         for name, score in scores.items():
             score = torch.as_tensor(score, dtype=torch.double)

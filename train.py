@@ -164,7 +164,7 @@ def generator(seed, purpose):
 def read_task(args):
     """Return the task with the examples and the metric that the flags ask for."""
     task = data.load_task(args.task, args.data_dir)
-    if os.path.isdir(args.task):
+    if args.task not in (*data.BUILT_IN, *data.GLUE):
         args.task = os.path.abspath(args.task)
     if args.metric and len(task.labels) != 2:
         raise InputError(f"--metric {args.metric} is of two classes; there are {len(task.labels)}")
@@ -186,7 +186,8 @@ def prepare(args):
 
     is_built_in = args.model == "built-in"
     is_full = args.method == "full"
-    if is_built_in and (args.task in data.GLUE or os.path.isdir(args.task)):
+    is_text = args.task in data.GLUE or os.path.isdir(args.task)
+    if is_built_in and is_text and args.task not in data.BUILT_IN:
         raise InputError(f"task {args.task} needs --model: a checkpoint folder or a hub id")
     if is_full and args.precision == "bfloat16":
         raise InputError("--precision bfloat16 is of frozen weights, and --method full has none")
@@ -218,7 +219,7 @@ def build(args, num_labels):
     if max(tokenizer.vocab.values()) >= encoder.config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has more words than the encoder")
     tokenizer.second_type = min(tokenizer.second_type, encoder.config.type_vocab_size - 1)
-    if os.path.isdir(args.model):
+    if args.model != "built-in" and os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)
     args.max_length = min(args.max_length, encoder.max_length)
     model = Classifier(encoder, num_labels, args.pooling, generator(args.seed, "head"))
@@ -470,8 +471,8 @@ def main(argv=None):
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"train.py: stopped: {error}", file=sys.stderr)
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        print(f"train.py: stopped: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         advice = "nothing was kept"

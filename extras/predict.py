@@ -42,7 +42,8 @@ def examples_of(lines, model):
     """Yield the examples of lines of bytes. Raises InputError with the number of a wrong line."""
     for number, line in enumerate(lines, 1):
         try:
-            texts = line.decode().removesuffix("\n").removesuffix("\r").split("\t")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            texts = text.removesuffix("\n").removesuffix("\r").split("\t")
         except UnicodeDecodeError as error:
             raise InputError(f"line {number}, byte {error.start}: not UTF-8") from None
         check(model, texts, f"line {number}: ")

@@ -69,6 +69,17 @@ def test_a_metric_of_two_classes_comes_beside_accuracy_where_it_is_asked_for(tmp
     assert values == {metric: pytest.approx(1), "accuracy": 1}
 
 
+def test_a_folder_named_like_a_task_or_the_built_in_model_does_not_take_its_place(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paraphrase").mkdir()
+    (tmp_path / "built-in").mkdir()
+    args = train.parse_args([])
+    train.prepare(args)
+    assert (args.task, args.model) == ("paraphrase", "built-in")
+
+
 def test_a_metric_of_two_classes_is_refused_for_three(tmp_path, capsys):
     lines = ["text\tlabel", "a\tx", "b\ty", "c\tz"]
     folder = write(tmp_path, lines, lines)
