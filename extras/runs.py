@@ -55,6 +55,7 @@ class Run:
         self.is_new = is_new
         self.checksum = None  # of the flags and the checkpoint
         self.data_checksum = None  # of what it trains and is evaluated on
+        self.config = None  # what config.json holds
         if folder and is_new:
             used = [name for name in FILES if os.path.exists(self.path(name))]
             if used:
@@ -96,14 +97,19 @@ class Run:
             for name in LOGS:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
-        config = {"command": args.command, "flags": flags, "checkpoint": model.checkpoint}
+        self.config = {"command": args.command, "flags": flags, "checkpoint": model.checkpoint}
         if not self.is_new:
             before = read_config(self.folder)
             if before["checkpoint"] != model.checkpoint:
                 raise InputError(f"{args.model} has other weights than when {self.folder} began")
-            config["command"] = before["command"]
-        config["checksum"] = self.checksum = run_checksum(flags, model.checkpoint)
-        write(self.path("config.json"), json.dumps(config, indent=1))
+            self.config["command"] = before["command"]
+        self.config["checksum"] = self.checksum = run_checksum(flags, model.checkpoint)
+        if not self.has_state():  # `load` writes it where there is one, once that fits
+            self.write_config()
+
+    def write_config(self):
+        """Write config.json."""
+        write(self.path("config.json"), json.dumps(self.config, indent=1))
 
     # ------------------------------------------------------------------------------ log lines
 
@@ -189,6 +195,7 @@ class Run:
         for name, size in sizes.items():
             if os.path.isfile(self.path(name)) and 0 <= size <= os.path.getsize(self.path(name)):
                 os.truncate(self.path(name), size)
+        self.write_config()  # with the places where things are now
         self.log(f"resume  {self.folder} after step {state.progress.step}")
 
     def finish(self, result, task, model, adapters):

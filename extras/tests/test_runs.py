@@ -57,6 +57,15 @@ def test_pairs_are_fine_for_an_encoder_that_knows_one_type_of_token(tmp_path):
     assert run("--method", "head", "--model", folder) == 0
 
 
+def test_a_resume_with_other_data_is_refused_and_leaves_the_run_as_it_was(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(out=tmp_path / "a") == 130
+    before = (tmp_path / "a" / "config.json").read_bytes()
+    assert train.main(["--resume", str(tmp_path / "a"), "--task", "acceptability"]) == 2
+    assert (tmp_path / "a" / "config.json").read_bytes() == before
+
+
 def test_what_recording_adds_counts_as_search_and_not_as_training():
     progress = extras.state.Progress()
     progress.count(1, 0.5, ((torch.zeros(2, 50),), torch.zeros(2)), 1.0, False)
