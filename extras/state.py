@@ -159,7 +159,7 @@ class State:
         self.data_order.set_state(state["generators"][0])
         self.probing.set_state(state["generators"][1])
         torch.set_rng_state(state["dropout"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "dropout_cuda" in state:  # a run from a CPU has none
             torch.cuda.set_rng_state(state["dropout_cuda"], self.device)
         if self.search:
             saved = state["search"]

@@ -10,6 +10,7 @@ import torch
 
 import train
 from data import InputError
+from extras.state import Progress, State
 
 COMMON = ["--train-limit", "96", "--precision", "float32", "--max-steps", "4", "--batch-size", "16"]
 
@@ -57,6 +58,17 @@ def flip_a_bit(path, place):
 
 def test_a_state_that_is_whole_is_gone_on_from(run):
     assert train.main(["--resume", str(run / "a")]) == 0
+
+
+def test_a_state_saved_on_a_cpu_is_gone_on_from_on_a_gpu():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    parts = [model, {}, optimizer, schedule, None, torch.Generator(), torch.Generator()]
+    saved = State(Progress(step=3), torch.device("cpu"), *parts).collect()
+    state = State(Progress(), torch.device("cuda"), *parts)
+    state.restore(saved)
+    assert state.progress.step == 3
 
 
 def test_no_flipped_bit_in_a_state_or_in_what_was_learned_is_accepted_as_another_value(run):
