@@ -34,7 +34,8 @@ TUNING_SHARE = 0.2  # on this share of the training set, which is held out for t
 
 # Flags that change no result, flags that are the same for all, and what a method does not use.
 NO_MATTER = {"data_dir", "device", "out", "resume", "command"}
-SHARED = {"task", "train_limit", "holdout", "model", "method", "budget", "seed"} | NO_MATTER
+SHARED = {"task", "metric", "train_limit", "holdout", "model", "method", "budget", "seed"}
+SHARED |= NO_MATTER
 SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_steps"}
 SPACE = {"budget", "targets", "shortcuts", "rank", "alpha", "shortcut_alpha", "adapter"}
 SPACE |= {"allocator"}

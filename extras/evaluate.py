@@ -19,8 +19,11 @@ def evaluate_run(folder, task_name=None, data_dir=None, checkpoint=None):
     model = train.load_run(folder, checkpoint)
     if data_dir:
         model.args.data_dir = data_dir
-    name = task_name or model.args.task
-    task = data.load_task(name, model.args.data_dir) if task_name else train.read_task(model.args)
+    if task_name:
+        model.args.task = task_name
+        model.args.holdout = None
+    name = model.args.task
+    task = train.read_task(model.args)
     texts = 1 if task.dev[0][1] is None else 2
     if list(task.labels) != list(model.labels) or texts != model.texts:
         raise InputError(
@@ -43,7 +46,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         values = evaluate_run(args.run, args.task, args.data_dir, args.model)
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, OSError) as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 2
     print(f"eval {in_words(values)}")

@@ -32,6 +32,13 @@ def test_evaluate_takes_the_examples_that_the_run_held_out(tmp_path):
     assert evaluate.evaluate_run(folder) == json.load(open(folder + "/result.json"))["dev"]
 
 
+def test_evaluate_gives_the_metric_of_the_run_also_for_another_task(tmp_path):
+    folder = str(tmp_path / "a")
+    flags = ["--train-limit", "64", "--max-steps", "1", "--metric", "matthews", "--out", folder]
+    assert train.main(flags) == 0
+    assert list(evaluate.evaluate_run(folder, "paraphrase")) == ["matthews", "accuracy", "loss"]
+
+
 def test_evaluate_refuses_a_task_of_another_form(run, capsys):
     assert evaluate.main([run, "--task", "sentiment"]) == 2
     assert "sentiment has 1" in capsys.readouterr().err

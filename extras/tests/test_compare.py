@@ -139,6 +139,7 @@ def test_a_run_that_diverges_is_counted_and_kept(runs, capsys):
         "lora dynamic:rank",
         "lora dynamic:budget=10%",
         "lora dynamic:seed=1",
+        "lora lora:metric=f1",
         "lora --out folder",
         "lora --seed 3",
         "lora --method static",
