@@ -53,10 +53,18 @@ def write_head_apart(classifier, folder):
 
 @torch.no_grad()
 def merged_weight(linear):
-    """Return W + dW (d_out, d_in) of a LoRALinear: a plain linear with it computes the same."""
+    """Return W + dW (d_out, d_in) of a LoRALinear: a plain linear with it computes the same.
+
+    Raises InputError for an adapter that is no linear map.
+    """
     W = linear.host.weight
     identity = torch.eye(W.shape[1], device=W.device)
     dW = linear.adapter(identity).T  # adapters map rows: row i of the result is column i of dW
+    x = torch.randn(8, W.shape[1], device=W.device)
+    expected = x @ dW.T
+    if (linear.adapter(x) - expected).norm() > 1e-3 * expected.norm():
+        kind = type(linear.adapter).__name__
+        raise InputError(f"--merge writes weights, and {kind} is no linear map: use the run itself")
     return (W + dW).to(W.dtype)
 
 

@@ -262,12 +262,20 @@ class Other(heterolora.LoRA):
         return super().forward(x, rank)
 
 
+class Bent(heterolora.LoRA):
+    """A kind that is no linear map, as that of the README."""
+
+    def forward(self, x, rank=None):
+        return super().forward(x, rank).relu()
+
+
 @pytest.mark.parametrize(
     "changes,flags,message",
     [
         ({"shortcuts": heterolora.SHORTCUTS}, ["--merge"], "shortcuts none"),
         ({"shortcuts": heterolora.SHORTCUTS}, ["--peft"], "shortcuts none"),
         ({"adapter": Other}, ["--merge", "--peft"], "--peft writes LoRA, not Other: use --merge"),
+        ({"adapter": Bent}, ["--merge"], "--merge writes weights, and Bent is no linear map"),
         ({"targets": ()}, ["--peft"], "--peft writes LoRA, and none is on: use --merge"),
     ],
 )
