@@ -792,6 +792,7 @@ def run(*flags, out=None):
         (["--task", "mrpc"], "needs --model"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--device", "abacus"], "--device abacus"),
+        (["--device", "hpu"], "--device hpu"),
         (["--method", "full", "--precision", "bfloat16"], "has none"),
         (["--holdout", "1"], "holdout"),
         (["--resume", "no/such/run"], "no/such/run"),

@@ -14,7 +14,7 @@ def find_device(name=None):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.ones(1, device=device).item()  # fails on a device that is not there, or holds no data
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
 
