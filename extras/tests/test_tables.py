@@ -87,7 +87,7 @@ def test_a_metric_of_two_classes_is_refused_for_three(tmp_path, capsys):
     assert "two classes; there are 3" in capsys.readouterr().err
 
 
-def test_a_run_on_your_own_data_keeps_its_labels_and_resumes(tmp_path, capsys):
+def test_a_run_on_your_own_data_keeps_its_labels(tmp_path):
     lines = ["text\tlabel"] + [f"a cook helps .\t{name}" for name in ("good", "bad", "so-so")] * 8
     folder = write(tmp_path, lines, lines)
     flags = [
