@@ -169,7 +169,8 @@ def hold_out(task, share):
         part = dev if example[:2] in held_texts else train
         part.append(example)
     if not train:
-        raise InputError(f"--holdout {share} of {len(order)} examples leaves nothing to train on")
+        reason = "nothing is left to train on: give dev.tsv, or a smaller --holdout"
+        raise InputError(f"{share} of {len(order)} examples held out: {reason}")
     return Task(train, dev, task.labels, task.metric)
 
 
