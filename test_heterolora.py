@@ -779,6 +779,7 @@ def test_any_other_budget_is_refused_with_what_is_allowed(text):
 def run(*flags, out=None):
     """Run train.main on a few examples of the built-in task -> exit status"""
     common = ["--train-limit", "96", "--max-steps", "6", "--precision", "float32"]
+    common += ["--head-warmup", "8"]
     return train.main([*common, *flags, *(["--out", str(out)] if out else [])])
 
 

@@ -28,6 +28,7 @@ def test_evaluate_gives_the_figures_of_the_run(run, capsys):
 def test_evaluate_takes_the_examples_that_the_run_held_out(tmp_path):
     folder = str(tmp_path / "a")
     flags = ["--train-limit", "200", "--holdout", "0.2", "--max-steps", "1", "--out", folder]
+    flags += ["--head-warmup", "8", "--precision", "float32"]
     assert train.main(flags) == 0
     assert evaluate.evaluate_run(folder) == json.load(open(folder + "/result.json"))["dev"]
 
@@ -35,6 +36,7 @@ def test_evaluate_takes_the_examples_that_the_run_held_out(tmp_path):
 def test_evaluate_gives_the_metric_of_the_run_also_for_another_task(tmp_path):
     folder = str(tmp_path / "a")
     flags = ["--train-limit", "64", "--max-steps", "1", "--metric", "matthews", "--out", folder]
+    flags += ["--head-warmup", "8", "--precision", "float32"]
     assert train.main(flags) == 0
     assert list(evaluate.evaluate_run(folder, "paraphrase")) == ["matthews", "accuracy", "loss"]
 
