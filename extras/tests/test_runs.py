@@ -128,7 +128,7 @@ def test_a_finished_run_is_not_done_again_and_its_folder_not_overwritten(tmp_pat
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_loaded_run_gives_the_same_figures(tmp_path, precision):
-    flags = ["--budget", "25%", "--holdout", "0.9", "--train-limit", "1000"]
+    flags = ["--budget", "25%", "--holdout", "0.5", "--train-limit", "200"]
     assert run(*flags, "--precision", precision, out=tmp_path / "a") == 0
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     model = train.load_run(str(tmp_path / "a"))
