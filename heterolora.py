@@ -315,12 +315,12 @@ def proxy(name, measure=adapter_gradients):
     its own.
     """
 
-    def register(function):
+    def _register(function):
         function.measure = measure
         PROXIES[name] = function
         return function
 
-    return register
+    return _register
 
 
 @proxy("constant", measure=None)
@@ -405,11 +405,11 @@ def allocator(name):
     rank, of the second, ...]}. budget: parameters. generator: torch.Generator, for breaking ties.
     """
 
-    def register(function):
+    def _register(function):
         ALLOCATORS[name] = function
         return function
 
-    return register
+    return _register
 
 
 @allocator("greedy")
