@@ -183,7 +183,11 @@ def test_any_model_with_linears_can_be_adapted():
 
 @pytest.mark.parametrize(
     "targets, shortcuts, message",
-    [(["w"], [], "no 'w'; it has: .*fc1"), ([], ["bridge"], "no 'bridge'; it has: .*residual")],
+    [
+        (["w"], [], "no 'w'; it has: .*fc1"),
+        ([], ["bridge"], "no 'bridge'; it has: .*residual"),
+        ([], ["dropout"], "no 'dropout'"),
+    ],
 )
 def test_a_name_that_matches_nothing_is_refused_with_those_that_exist(targets, shortcuts, message):
     with pytest.raises(ValueError, match=message):
@@ -529,6 +533,7 @@ def test_outputs_that_are_changed_in_place_score_as_if_they_were_not(is_first):
         model = nn.Sequential(*([] if is_first else [nn.Linear(4, 4)]), *layers)
         linears = [name for name, module in model.named_children() if name != str(len(model) - 2)]
         adapters = inject(model, linears, [], 2, 2)
+        set_ranks(adapters, {})
         search = HeteroLoRA(model, adapters, 0, lambda model, x: model(x).square().sum())
         scores.append(search.score([torch.ones(2, 4)]))
     assert scores[0] == scores[1]

@@ -115,6 +115,17 @@ def test_a_history_with_a_wrong_value_is_refused(run, line, key, value):
         show.read_history(str(run))
 
 
+@pytest.mark.parametrize("costs", [[], [10, None], [10, -1], 20])
+def test_a_module_with_wrong_costs_is_refused(run, costs):
+    path = run / "history.jsonl"
+    space, *history = path.read_text().splitlines()
+    space = json.loads(space)
+    space["modules"]["layers.0.q"]["costs"] = costs
+    path.write_text("\n".join([json.dumps(space), *history]))
+    with pytest.raises(InputError, match="costs of layers.0.q"):
+        show.read_history(str(run))
+
+
 def test_a_missing_folder_is_refused_by_its_name(capsys):
     with pytest.raises(SystemExit):
         show.main(["no-such-run"])
