@@ -200,8 +200,11 @@ def read_learned(folder):
     if not os.path.isfile(path):
         raise InputError(f"{folder} has no adapters.pt: has the run ended?")
     learned = read_pickle(path, ("run", "ranks", "adapters", "head", "labels", "texts"))
-    if type(learned["labels"]) is not list or learned["texts"] not in (1, 2):
-        raise InputError(f"{path}: want a list of labels, and 1 or 2 texts")
+    labels = learned["labels"]
+    if type(labels) is not list or not all(type(label) is str for label in labels):
+        raise InputError(f"{path}: want a list of labels")
+    if type(learned["texts"]) is not int:
+        raise InputError(f"{path}: want the number of texts")
     return learned
 
 

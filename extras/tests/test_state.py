@@ -120,6 +120,7 @@ CHANGES = {
     "nan": put_nan,
     "rank": change_a_rank,
     "labels": lambda learned: learned.update(labels=3),
+    "a label": lambda learned: learned.update(labels=["0", None]),
     "texts": lambda learned: learned.update(texts=None),
     "adapters": lambda learned: learned.update(adapters=[]),
     "run": lambda learned: learned.update(run=1),
