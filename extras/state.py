@@ -118,8 +118,7 @@ class State:
             "progress": dataclasses.asdict(self.progress),
             "trained": {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad},
             "ranks": {name: adapter.rank for name, adapter in self.adapters.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
             "generators": [self.data_order.get_state(), self.probing.get_state()],
             "dropout": torch.get_rng_state(),
         }
@@ -145,17 +144,26 @@ class State:
             if type(value) is not type(getattr(self.progress, field.name)):
                 raise ValueError(f"{field.name} is a {type(value).__name__}")
             setattr(self.progress, field.name, value)
+        if self.progress.step < 0 or not all(type(e) is dict for e in self.progress.evaluations):
+            raise ValueError("the counters are not those of a run")
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         put(state["trained"], trained)
         if state["ranks"].keys() != self.adapters.keys():
             raise ValueError("the ranks are of other modules")
         heterolora.set_ranks(self.adapters, state["ranks"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # these follow from the flags
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        if self.progress.step > 0 and not self.optimizer.state:
+            raise ValueError("the optimizer's state is missing")
         for parameter, moments in self.optimizer.state.items():
             for moment in moments.values():
                 if moment.dim() > 0 and moment.shape != parameter.shape:
                     raise ValueError("the optimizer's state is of another shape")
-        self.schedule.load_state_dict(state["schedule"])
+        self.schedule.last_epoch = self.progress.step
+        rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        self.schedule._last_lr = [lr * factor(self.progress.step) for lr, factor in rates]
+        for group, lr in zip(self.optimizer.param_groups, self.schedule._last_lr, strict=True):
+            group["lr"] = lr
         self.data_order.set_state(state["generators"][0])
         self.probing.set_state(state["generators"][1])
         torch.set_rng_state(state["dropout"])
@@ -163,9 +171,14 @@ class State:
             torch.cuda.set_rng_state(state["dropout_cuda"], self.device)
         if self.search:
             saved = state["search"]
-            self.search.history = saved["history"]
+            for entry in saved["history"]:
+                if entry["ranks"].keys() != self.adapters.keys():
+                    raise ValueError("an allocation is of other modules")
+                heterolora.set_ranks(self.adapters, entry["ranks"])  # refuses what is no rank
+            heterolora.set_ranks(self.adapters, state["ranks"])
+            self.search.history = list(saved["history"])
             self.search.generator.set_state(saved["generator"])
-            self.search.recorded_steps = saved["recorded_steps"]
+            self.search.recorded_steps = int(saved["recorded_steps"])
             for name, sums in saved["recorded"].items():
                 adapter = self.adapters[name]
                 self.search.recorded[adapter] = [total.to(self.device) for total in sums]
