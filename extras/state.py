@@ -175,7 +175,8 @@ class State:
                 if entry["ranks"].keys() != self.adapters.keys():
                     raise ValueError("an allocation is of other modules")
                 heterolora.set_ranks(self.adapters, entry["ranks"])  # refuses what is no rank
-            heterolora.set_ranks(self.adapters, state["ranks"])
+            if state["ranks"] != saved["history"][-1]["ranks"]:
+                raise ValueError("the ranks are not those of the last allocation")
             self.search.history = list(saved["history"])
             self.search.generator.set_state(saved["generator"])
             self.search.recorded_steps = int(saved["recorded_steps"])

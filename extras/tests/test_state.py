@@ -66,10 +66,10 @@ def test_a_state_saved_on_a_cpu_is_gone_on_from_on_a_gpu():
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     parts = [model, {}, optimizer, schedule, None, torch.Generator(), torch.Generator()]
-    saved = State(Progress(step=3), torch.device("cpu"), *parts).collect()
+    saved = State(Progress(samples=3), torch.device("cpu"), *parts).collect()
     state = State(Progress(), torch.device("cuda"), *parts)
     state.restore(saved)
-    assert state.progress.step == 3
+    assert state.progress.samples == 3
 
 
 def test_no_flipped_bit_in_a_state_or_in_what_was_learned_is_accepted_as_another_value(run):
