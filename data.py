@@ -115,32 +115,14 @@ def load_task(name, data_dir=None):
         from extras.language import make_task
 
         return make_task(name)
+    from extras.tables import load_glue, load_own
+
     if name in GLUE:
         return load_glue(name, data_dir)
     if os.path.isdir(name):
-        from extras.tables import load_own
-
         return load_own(name)
     known = ", ".join((*BUILT_IN, *GLUE))
     raise InputError(f"no task {name!r}: want a folder that holds train.tsv, or one of {known}")
-
-
-def load_glue(name, data_dir):
-    """Return a GLUE task. Raises InputError."""
-    from extras.tables import read_glue
-
-    form = GLUE[name]
-    if data_dir is None:
-        from extras.downloads import glue_folder
-
-        data_dir = glue_folder(name)
-    folder = os.path.join(data_dir, form.folder)
-    if not os.path.isdir(folder):
-        raise InputError(f"{data_dir} has no {form.folder}/ in it: --data-dir is the folder above")
-    task = Task([], [], form.labels, form.metric)
-    for file, part in (("train.tsv", task.train), (form.dev_file, task.dev)):
-        part += read_glue(os.path.join(folder, file), form)
-    return task
 
 
 def read_text(path):

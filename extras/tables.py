@@ -8,11 +8,27 @@ those of train.tsv, sorted. Without dev.tsv a tenth of train.tsv is held out.
 import os
 import warnings
 
-from data import InputError, Task, accuracy, hold_out, read_text
+from data import GLUE, InputError, Task, accuracy, hold_out, read_text
 
 TEXTS = [("sentence1", "sentence2"), ("sentence",), ("text",)]  # the first that are there count
 HELD_OUT = 0.1
 FEW = 20  # so many different labels are classes, in however few rows
+
+
+def load_glue(name, data_dir):
+    """Return a GLUE task. Raises InputError."""
+    form = GLUE[name]
+    if data_dir is None:
+        from extras.downloads import glue_folder
+
+        data_dir = glue_folder(name)
+    folder = os.path.join(data_dir, form.folder)
+    if not os.path.isdir(folder):
+        raise InputError(f"{data_dir} has no {form.folder}/ in it: --data-dir is the folder above")
+    task = Task([], [], form.labels, form.metric)
+    for file, part in (("train.tsv", task.train), (form.dev_file, task.dev)):
+        part += read_glue(os.path.join(folder, file), form)
+    return task
 
 
 def read_glue(path, form):
