@@ -180,6 +180,8 @@ class State:
             self.search.history = list(saved["history"])
             self.search.generator.set_state(saved["generator"])
             self.search.recorded_steps = int(saved["recorded_steps"])
+            if self.search.recorded_steps < 0:
+                raise ValueError("the number of recorded steps is negative")
             for name, sums in saved["recorded"].items():
                 adapter = self.adapters[name]
                 self.search.recorded[adapter] = [total.to(self.device) for total in sums]
