@@ -442,7 +442,8 @@ def greedy(scores, costs, budget, generator):
 
 
 @contextlib.contextmanager
-def _in_eval_mode(model):
+def in_eval_mode(model):
+    """Turn dropout off for a while, and leave the random state as it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -495,11 +496,11 @@ class HeteroLoRA:
             self.recorded = {}
             self.recorded_steps = 0
         elif function.measure is None:
-            with _in_eval_mode(self.model):
+            with in_eval_mode(self.model):
                 scores = function(self.model, self.adapters, batches, self.loss_fn)
         else:
             sums = {}
-            with _in_eval_mode(self.model):
+            with in_eval_mode(self.model):
                 for batch in batches:
                     with recording(self.model, function.measure, sums) as outputs:
                         loss = self.loss_fn(self.model, batch)

@@ -29,6 +29,7 @@ from data import InputError
 from model import Classifier, load_pretrained
 
 METHODS = ("dynamic", "static", "lora", "head", "full")
+NEIGHBOURS = ("alora", "adalora")  # other searches, in extras/
 EPOCHS = {"mrpc": 5, "rte": 10, "cola": 5, "sst2": 1, "qnli": 1, "qqp": 1, "mnli": 1}
 PRECISIONS = ("float32", "bfloat16")
 
@@ -70,7 +71,8 @@ def names(text):
 
 def parse_args(argv=None):
     """Turn a command line into a Namespace. With --resume the flags are those of the saved run."""
-    import extras.allocators  # noqa: F401  they register what the paper does not have
+    import extras.adapters  # noqa: F401  they register what the paper does not have
+    import extras.allocators  # noqa: F401
     import extras.proxies  # noqa: F401
 
     whole = number(int, 0)
@@ -90,14 +92,19 @@ def parse_args(argv=None):
     add("--pooling", choices=("mean", "cls"), default="mean", help="what the head sees (mean)")
 
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="dynamic")
+    add("--method", choices=METHODS + NEIGHBOURS, default="dynamic")
     add("--budget", help="25%%, 0.25 or 12000 parameters (25%%; for lora 100%%)")
     add("--targets", type=names, default="q,v", help="linears: all, none, or of q,k,v,o,fc1,fc2")
     add("--shortcuts", type=names, default="all", help="all, none, or some: see heterolora.py")
-    add("--rank", type=whole, default=8, help="r_max, the rank of a module that is on (8)")
+    add("--rank", type=whole, help="r_max, the rank of a module that is on (8; see --adapter)")
     add("--alpha", type=positive, default=16.0, help="scale is alpha / rank (16)")
     add("--shortcut-alpha", type=positive, default=4.0, help="the same for shortcuts (4)")
-    add("--adapter", choices=heterolora.ADAPTERS, default="lora")
+    add(
+        "--adapter",
+        choices=heterolora.ADAPTERS,
+        default="lora",
+        help="with other kinds, --method lora and a budget in parameters: r_max is what fits",
+    )
     add("--proxy", choices=heterolora.PROXIES, default="grad-norm")
     add("--allocator", choices=heterolora.ALLOCATORS, default="greedy")
     add("--realloc-every", type=positive, default=0.2, help="epochs between allocations (0.2)")
@@ -191,6 +198,8 @@ def prepare(args):
         raise InputError(f"task {args.task} needs --model: a checkpoint folder or a hub id")
     if is_full and args.precision == "bfloat16":
         raise InputError("--precision bfloat16 is of frozen weights, and --method full has none")
+    if args.method in NEIGHBOURS:
+        args.head_warmup = args.warmup_steps = 0  # their first allocation has no score
     if args.data_dir:
         args.data_dir = os.path.abspath(args.data_dir)
     task = read_task(args)
@@ -210,6 +219,7 @@ def prepare(args):
 
 def build(args, num_labels):
     """Build the model of a run -> tokenizer, model, adapters"""
+    from extras.adapters import choose_kind
     from extras.checkpoints import find_checkpoint
     from extras.state import checksum
 
@@ -231,7 +241,7 @@ def build(args, num_labels):
     targets = heterolora.TARGETS if args.targets == ["all"] else args.targets
     shortcuts = heterolora.SHORTCUTS if args.shortcuts == ["all"] else args.shortcuts
     try:
-        kind = heterolora.ADAPTERS[args.adapter]
+        kind = choose_kind(args, encoder, targets)
         sizes = (args.rank, args.alpha, args.shortcut_alpha)
         adapters = heterolora.inject(encoder, targets, shortcuts, *sizes, args.seed, kind)
     except ValueError as error:
@@ -239,7 +249,7 @@ def build(args, num_labels):
     if not adapters:
         raise InputError("the search space is empty: give --targets or --shortcuts")
     default = "100%" if args.method == "lora" else "25%"
-    if isinstance(args.budget, int):  # from extras.compare: the same for search spaces of any size
+    if isinstance(args.budget, int):  # the same for search spaces of any size
         args.budget = str(min(args.budget, size(adapters)))
     args.budget = str(parse_budget(args.budget or default, size(adapters)))
     return tokenizer, model, adapters
@@ -290,13 +300,30 @@ def make_optimizer(args, model, adapters, total):
     def factor(step):
         return min(1, (step + 1) / max(warm, 1), (total - step) / max(total - warm, 1))
 
-    if args.method == "dynamic" and args.allocator != "greedy":  # it may buy some ranks of a module
+    buys_ranks = args.method == "dynamic" and args.allocator != "greedy"
+    if buys_ranks or args.method == "alora":  # ranks come on in modules that are partly on
         from extras.rank_adamw import RankAdamW
 
         optimizer = RankAdamW(groups, adapters)
     else:
         optimizer = torch.optim.AdamW(groups)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def make_search(args, model, adapters, optimizer, total):
+    """Return the search of the method, or None."""
+    common = (model, adapters, int(args.budget or 0), loss_fn)
+    if args.method in ("static", "dynamic"):
+        return heterolora.HeteroLoRA(*common, args.proxy, args.allocator, args.seed)
+    if args.method == "alora":
+        from extras.alora import ALoRA
+
+        return ALoRA(*common, seed=args.seed).follow(optimizer)
+    if args.method == "adalora":
+        from extras.adalora import AdaLoRA
+
+        return AdaLoRA(*common, seed=args.seed).follow(optimizer, total)
+    return None
 
 
 def update(model, adapters, optimizer, schedule):
@@ -311,12 +338,18 @@ def update(model, adapters, optimizer, schedule):
 
 def plain_lora(adapters, allocator, budget):
     """Return the ranks of the baseline: the same everywhere, or by layers. Shortcuts stay off."""
-    rule = allocator if allocator.endswith("-layers") else "uniform"
     linears = dict(adapters)
     for name in adapters:
         if name.split(".")[-1] in heterolora.SHORTCUTS:
             del linears[name]
-    return heterolora.ALLOCATORS[rule]({}, heterolora.rank_costs(linears), budget, None)
+    if allocator.endswith("-layers"):
+        return heterolora.ALLOCATORS[allocator]({}, heterolora.rank_costs(linears), budget, None)
+    most = max((adapter.max_rank for adapter in linears.values()), default=0)
+    for rank in range(most, 0, -1):
+        ranks = dict.fromkeys(linears, rank)
+        if heterolora.cost(linears, ranks) <= budget:
+            return ranks
+    return {}
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -350,11 +383,7 @@ def train(args):
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total = min(math.ceil(args.epochs * steps_per_epoch - 1e-6), args.max_steps or math.inf)
     optimizer, schedule = make_optimizer(args, model, adapters, total)
-    search = None
-    if args.method in ("static", "dynamic"):
-        search = heterolora.HeteroLoRA(
-            model, adapters, budget, loss_fn, args.proxy, args.allocator, args.seed
-        )
+    search = make_search(args, model, adapters, optimizer, total)
     data_order = generator(args.seed, "data order")
     probing = generator(args.seed, "probing")
     progress = Progress()
@@ -370,11 +399,9 @@ def train(args):
             start = time.perf_counter()
             with warmed_up(args, model, adapters, train_set):
                 draws = generator(args.seed, "first probing")
-                entry = search.reallocate(
-                    train_set.sample(args.probe_batches, args.batch_size, draws)
-                )
+                search.reallocate(train_set.sample(args.probe_batches, args.batch_size, draws))
             progress.search_seconds += time.perf_counter() - start
-            run.log_allocation(search, entry)
+            run.log_allocations(search)
         elif adapters:
             heterolora.set_ranks(adapters, plain_lora(adapters, args.allocator, budget))
             run.log(f"lora    {heterolora.cost(adapters):,} parameters are on")
@@ -394,8 +421,9 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
     model, adapters, search = state.model, state.adapters, state.search
     progress = state.progress
     realloc_every = max(1, round(args.realloc_every * steps_per_epoch))
-    is_dynamic = args.method == "dynamic"
-    is_inline = is_dynamic and heterolora.PROXIES[args.proxy].measure is not None
+    objective = search.loss_fn if search else loss_fn
+    is_dynamic = args.method in ("dynamic", "alora")
+    is_inline = args.method == "dynamic" and heterolora.PROXIES[args.proxy].measure is not None
     if is_inline and realloc_every < args.probe_batches:
         run.log(f"note    a score sees {realloc_every} batches: all between two allocations")
 
@@ -407,9 +435,9 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
             batches = None
             if not is_inline:
                 batches = train_set.sample(args.probe_batches, args.batch_size, state.probing)
-            entry = search.reallocate(batches, step - 1)
+            search.reallocate(batches, step - 1)
             progress.search_seconds += time.perf_counter() - start
-            run.log_allocation(search, entry)
+            run.log_allocations(search)
 
         # Train. Record the last steps before an allocation, if there is to be one.
         left = realloc_every - since
@@ -419,7 +447,7 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
             progress.queue = data.batches(train_set.lengths, args.batch_size, state.data_order)
         batch = train_set[progress.queue.pop(0)]
         with search.record() if is_recorded else contextlib.nullcontext():
-            loss = loss_fn(model, batch)
+            loss = objective(model, batch)
             loss.backward()
         update(model, adapters, state.optimizer, state.schedule)
         value = loss.item()
@@ -432,6 +460,8 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
         if step % LOG_EVERY == 0 or step == total:
             run.log_step(progress, total, (step - 1) % LOG_EVERY + 1)
             progress.loss = 0.0
+        if search:
+            run.log_allocations(search)  # AdaLoRA makes its last one after a step
         if is_epoch_end or step == total:
             progress.evaluations.append(evaluate(model, dev_set, metric))
             run.log_evaluation(progress, total)

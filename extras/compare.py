@@ -40,6 +40,7 @@ SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_step
 SPACE = {"budget", "targets", "shortcuts", "rank", "alpha", "shortcut_alpha", "adapter"}
 SPACE |= {"allocator"}
 UNUSED = {"dynamic": set(), "static": {"realloc_every"}, "lora": SEARCH}
+UNUSED |= {"alora": SEARCH - {"realloc_every"} | {"allocator"}, "adalora": SEARCH | {"allocator"}}
 UNUSED |= {"full": SEARCH | SPACE, "head": SEARCH | SPACE | {"lr"}}
 
 
@@ -86,6 +87,7 @@ def prepare(args, argv):
             task, _, model, _ = train.prepare(flags)
         except InputError as error:
             raise InputError(f"{spec}: {error}") from None
+        flags.budget = int(common.budget)
         # Results on other data or another checkpoint do not count, whatever its name.
         flags.data_checksum = zlib.crc32(repr((task.train, task.dev)).encode())
         flags.checkpoint = model.checkpoint
@@ -116,7 +118,7 @@ def read_results(path):
 
 def run(spec, flags, path):
     """Train once, unless the file at path has the result -> result, or {"failed": reason}"""
-    kept = vars(flags) | {"task": os.path.basename(flags.task)}
+    kept = vars(flags) | {"task": os.path.basename(flags.task), "budget": str(flags.budget)}
     for name in NO_MATTER | UNUSED[flags.method]:
         kept.pop(name, None)
     key = json.dumps(kept, sort_keys=True)

@@ -42,6 +42,15 @@ class RankAdamW(torch.optim.AdamW):
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
 
+    def forget(self, parameter, part):
+        """Begin anew with a part of a parameter, as if it had never trained."""
+        state = self.state[parameter]
+        if state:
+            steps = state["step"].to(parameter.device, torch.float64)
+            state["step"] = steps.expand_as(parameter).clone()
+            for values in state.values():
+                values[part] = 0
+
     def _counts_elements(self, parameter):
         state = self.state.get(parameter, {})
         return "step" in state and state["step"].dim() > 0
@@ -69,3 +78,16 @@ class RankAdamW(torch.optim.AdamW):
         v_hat = v / (1 - beta2 ** steps[is_on]).to(v.dtype)
         decayed = parameter[is_on] * (1 - group["lr"] * group["weight_decay"])
         parameter[is_on] = decayed - group["lr"] * m_hat / (v_hat.sqrt() + group["eps"])
+
+
+def move_ranks(adapter, order, optimizer):
+    """Put an adapter's ranks into another order, with the optimizer's state: rank order[0] first.
+
+    For kinds of adapters whose parameters have one axis for ranks.
+    """
+    for parameter, slices in adapter.active(1):
+        axis = slices.index(slice(1))
+        moments = [m for m in optimizer.state.get(parameter, {}).values() if m.dim() > 0]
+        for tensor in [parameter.data, *moments]:
+            index = torch.tensor(order, device=tensor.device)
+            tensor.copy_(tensor.index_select(axis, index))

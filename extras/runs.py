@@ -56,6 +56,7 @@ class Run:
         self.checksum = None  # of the flags and the checkpoint
         self.data_checksum = None  # of what it trains and is evaluated on
         self.config = None  # what config.json holds
+        self.logged = 0  # allocations in history.jsonl
         if folder and is_new:
             used = [name for name in FILES if os.path.exists(self.path(name))]
             if used:
@@ -139,18 +140,25 @@ class Run:
         line = f"eval {progress.step:6d}/{total} | {in_words(values)}"
         self.log(line, kind="eval", step=progress.step, **values)
 
-    def log_allocation(self, search, entry):
+    def log_allocations(self, search):
+        """Print and save the allocations that are new in the search's history."""
+        while self.logged < len(search.history):
+            self.log_allocation(search, self.logged)
+            self.logged += 1
+
+    def log_allocation(self, search, number):
         """Print what came on and what went off; save the whole entry to history.jsonl."""
+        entry = search.history[number]
         ranks = entry["ranks"]
         on = sum(rank > 0 for rank in ranks.values())
         line = f"alloc @ step {entry['step']} | on {on}/{len(ranks)} modules"
         line += f" | {entry['parameters']:,}/{search.budget:,} params"
-        if len(search.history) == 1:
-            costs = heterolora.rank_costs(search.adapters)
+        if number == 0:
+            costs = costs_once(search.adapters)
             modules = {name: {"costs": prices} for name, prices in costs.items()}
             self.append("history.jsonl", {"modules": modules})
         else:
-            before = search.history[-2]["ranks"]
+            before = search.history[number - 1]["ranks"]
             came, went, overlap = changes(ranks, before)
             words = [f"+{name.removeprefix('layers.')}" for name in came]
             words += [f"-{name.removeprefix('layers.')}" for name in went]
@@ -166,7 +174,7 @@ class Run:
         """Print the ranks that are on, layers down and types of modules across."""
         if adapters:
             ranks = {name: adapter.rank for name, adapter in adapters.items()}
-            self.log(grid(heterolora.rank_costs(adapters), ranks))
+            self.log(grid(costs_once(adapters), ranks))
 
     # ---------------------------------------------------------------------------- the state
 
@@ -192,6 +200,7 @@ class Run:
         with fitting(path):
             sizes = {name: int(saved["sizes"][name]) for name in LOGS}
             state.restore(saved)
+        self.logged = len(state.search.history) if state.search else 0
         for name, size in sizes.items():
             if os.path.isfile(self.path(name)) and 0 <= size <= os.path.getsize(self.path(name)):
                 os.truncate(self.path(name), size)
@@ -221,6 +230,20 @@ class Run:
                 os.remove(self.path("state.pt"))
 
 
+def costs_once(adapters):
+    """Return heterolora.rank_costs, but count what modules share with the first of them only."""
+    costs = {}
+    seen = set()
+    for name, adapter in adapters.items():
+        totals = []
+        for rank in range(adapter.max_rank + 1):
+            own = [p[slices] for p, slices in adapter.active(rank) if p not in seen]
+            totals.append(sum(map(torch.numel, own)))
+        costs[name] = [totals[rank + 1] - totals[rank] for rank in range(adapter.max_rank)]
+        seen.update(parameter for parameter, _ in adapter.active(adapter.max_rank))
+    return costs
+
+
 def in_words(values):
     """Turn {"accuracy": 0.5, ...} into "accuracy 0.5000 | ..."."""
     return " | ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -238,7 +261,7 @@ def summarise(args, model, adapters, search, progress, device):
     return {
         "task": os.path.basename(args.task),
         "method": args.method,
-        "proxy": args.proxy if search else None,
+        "proxy": args.proxy if args.method in ("static", "dynamic") else None,
         "seed": args.seed,
         "metric": metric,
         "last": progress.evaluations[-1][metric],

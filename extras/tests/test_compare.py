@@ -57,7 +57,7 @@ def test_every_contender_trains_with_every_seed_and_the_same_budget(runs):
     assert [(r.method, r.seed) for r in runs] == [
         (method, seed) for seed in (3, 4) for method in ("lora", "static", "dynamic")
     ]
-    assert {r.budget for r in runs} == {"1000"}
+    assert {r.budget for r in runs} == {1000}
     assert {r.epochs for r in runs} == {2}
     assert [r.proxy for r in runs[1:3]] == ["constant", "snip"]
 

@@ -25,9 +25,10 @@ def test_heterolora_imports_torch_and_the_standard_library_only():
     assert roots - {"torch"} <= sys.stdlib_module_names
 
 
-def test_A_and_B_are_known_to_heterolora_and_its_tests_alone():
+def test_A_and_B_are_known_to_the_adapters_themselves_and_their_tests_alone():
     for path in [ROOT / "model.py", ROOT / "data.py", ROOT / "train.py", *ROOT.glob("extras/*.py")]:
-        assert not re.search(r"\w\.[AB]\b", path.read_text()), path
+        if path.name != "adapters.py":
+            assert not re.search(r"\w\.[AB]\b", path.read_text()), path
 
 
 def readme_blocks(language):

@@ -196,13 +196,13 @@ class Tied(nn.Module):
 def test_another_kind_with_shared_parameters_is_counted_searched_saved_and_resumed(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(heterolora.ADAPTERS, "tied", Tied)
+    monkeypatch.setitem(heterolora.ADAPTERS, "toy", Tied)
     encoder = Encoder(SMALL)
     adapters = inject(encoder, ["q", "v"], [], 4, 8.0, adapter=Tied)
     assert heterolora.cost(adapters) == 4 * (16 + 16) + 6 * 16  # A and B once, six gains
     two_ranks = {"layers.0.q": 4, "layers.1.v": 2}  # of the same A and B
     assert heterolora.cost(adapters, two_ranks) == 4 * (16 + 16) + 2 * 16
-    flags = ["--adapter", "tied", "--shortcuts", "none", "--budget", "2500", "--max-steps", "8"]
+    flags = ["--adapter", "toy", "--shortcuts", "none", "--budget", "2500", "--max-steps", "8"]
     whole, cut = run_whole_and_cut(tmp_path, monkeypatch, flags)
     torch.testing.assert_close(whole["adapters"], cut["adapters"], rtol=0, atol=0)
     result = json.loads((tmp_path / "cut" / "result.json").read_text())

@@ -1,0 +1,254 @@
+"""Other kinds of adapters for --adapter, registered on import: they train less, or share it.
+
+Each has the constructor, attributes and methods of heterolora.LoRA. `active` lists what trains; the
+rest follows from the seed and the checkpoint. W (d_out, d_in) is the weight of the frozen linear.
+"""
+
+import copy
+import functools
+import math
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import InputError
+from extras.adalora import START
+from heterolora import ADAPTERS, cost, inject
+
+
+class Adapter(nn.Module):
+    """What all kinds have: widths, ranks and the scale. Raises ValueError for a bad rank."""
+
+    def __init__(self, d_in, d_out, rank, alpha):
+        super().__init__()
+        if not 1 <= rank <= min(d_in, d_out):
+            raise ValueError(f"rank {rank} for {d_in} -> {d_out}: want 1 to {min(d_in, d_out)}")
+        self.d_in = d_in
+        self.d_out = d_out
+        self.rank = rank
+        self.max_rank = rank
+        self.scale = alpha / rank
+
+    def attach(self, name, host, adapters):
+        """Read the host's weight, or share parameters of `adapters` injected so far: neither."""
+
+
+def uniform(rows, columns, bound, generator):
+    """Return a parameter (rows, columns) drawn from U(-bound, bound)."""
+    values = torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+    return nn.Parameter(values)
+
+
+class TiedLoRA(Adapter):
+    """dW = scale * diag(v) B diag(u) A, where layers share A (r, d_in) and B (d_out, r).
+
+    Tied-LoRA (Renduchintala et al. 2024, arXiv 2311.09578). Linears of one type, such as all q,
+    share; u (r,) and v (d_out,) are each module's own. `trained` says which of the four train.
+    With A and B frozen it is VeRA (Kopiczko et al. 2024, arXiv 2310.11454).
+
+    Our choice, since the papers differ: A as in LoRA, u = 1. If B trains, B = 0 and v = 1; else B
+    is drawn from U(-1/sqrt(r), 1/sqrt(r)) and v = 0. So dW starts at 0.
+    """
+
+    def __init__(self, d_in, d_out, rank, alpha, generator=None, trained=("A", "B", "u", "v")):
+        super().__init__(d_in, d_out, rank, alpha)
+        self.A = uniform(rank, d_in, 1 / math.sqrt(d_in), generator)
+        self.B = nn.Parameter(torch.zeros(d_out, rank))
+        self.u = nn.Parameter(torch.ones(rank))
+        self.v = nn.Parameter(torch.ones(d_out))
+        if "B" not in trained:
+            self.B = uniform(d_out, rank, 1 / math.sqrt(rank), generator)
+            nn.init.zeros_(self.v)
+        self.trained = trained
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in trained)
+
+    def attach(self, name, host, adapters):
+        """Take A and B from the first module of the same type and shape."""
+        for other_name, other in adapters.items():
+            is_same_type = other_name.split(".")[-1] == name.split(".")[-1]
+            if is_same_type and (other.A.shape, other.B.shape) == (self.A.shape, self.B.shape):
+                self.A = other.A
+                self.B = other.B
+                return
+
+    def active(self, rank):
+        """Return [(parameter, slices)] of what trains. v has no ranks: the first one needs it."""
+        first = slice(rank)
+        blocks = {
+            "A": (self.A, (first, slice(None))),
+            "B": (self.B, (slice(None), first)),
+            "u": (self.u, (first,)),
+            "v": (self.v, (slice(None if rank else 0),)),
+        }
+        return [blocks[name] for name in self.trained]
+
+    def forward(self, x, rank=None):
+        """x (..., d_in) -> dW x (..., d_out)"""
+        rank = self.rank if rank is None else rank
+        A, u = self.A[:rank].to(x.dtype), self.u[:rank].to(x.dtype)
+        B, v = self.B[:, :rank].to(x.dtype), self.v.to(x.dtype)
+        return F.linear(F.linear(x, A) * u * self.scale, B) * v
+
+
+class PRoLoRA(Adapter):
+    """dW = scale * B A, whose A and B repeat a small chunk along their width, rotated.
+
+    PRoLoRA (Wang et al. 2024, arXiv 2402.16902). Chunk k is the first one with its ranks rotated by
+    k steps, so that the chunks differ. A few ranks are `unshared`, and are as in LoRA. Which ranks
+    rotate depends on how many are on: a rank more or less changes dW. Initial values as in LoRA.
+    """
+
+    def __init__(self, d_in, d_out, rank, alpha, generator=None, chunks=4, unshared=1):
+        super().__init__(d_in, d_out, rank, alpha)
+        self.chunks = chunks
+        self.unshared = min(unshared, rank)
+        shared = rank - self.unshared
+        bound = 1 / math.sqrt(d_in)
+        self.A = uniform(shared, math.ceil(d_in / chunks), bound, generator)
+        self.B = nn.Parameter(torch.zeros(math.ceil(d_out / chunks), shared))
+        self.own_A = uniform(self.unshared, d_in, bound, generator)
+        self.own_B = nn.Parameter(torch.zeros(d_out, self.unshared))
+
+    def active(self, rank):
+        """Return [(parameter, slices)]. The unshared ranks come first."""
+        own = slice(min(rank, self.unshared))
+        shared = slice(rank - own.stop)
+        every = slice(None)
+        return [
+            (self.A, (shared, every)),
+            (self.B, (every, shared)),
+            (self.own_A, (own, every)),
+            (self.own_B, (every, own)),
+        ]
+
+    def repeat(self, chunk, width, rank_axis):
+        """Return the chunk and its rotations side by side, cut to `width`."""
+        step = max(chunk.shape[rank_axis] // self.chunks, 1)
+        rotated = [torch.roll(chunk, -k * step, rank_axis) for k in range(self.chunks)]
+        return torch.cat(rotated, 1 - rank_axis).narrow(1 - rank_axis, 0, width)
+
+    def forward(self, x, rank=None):
+        """x (..., d_in) -> dW x (..., d_out)"""
+        rank = self.rank if rank is None else rank
+        A, B, own_A, own_B = [parameter[slices] for parameter, slices in self.active(rank)]
+        A = torch.cat([self.repeat(A, self.d_in, 0), own_A])  # (r, d_in)
+        B = torch.cat([self.repeat(B, self.d_out, 1), own_B], 1)  # (d_out, r)
+        return F.linear(F.linear(x, A.to(x.dtype)) * self.scale, B.to(x.dtype))
+
+
+class LoRAXS(Adapter):
+    """dW = scale * B R A with a core R (r, r) that trains, between frozen A and B.
+
+    LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604). With W = U S V^T, A is the first r rows of S V^T
+    and B the first r columns of U. R starts as N(0, 1e-5^2). Rank r costs r^2 parameters, so that
+    the next rank always costs more.
+    """
+
+    def __init__(self, d_in, d_out, rank, alpha, generator=None):
+        super().__init__(d_in, d_out, rank, alpha)
+        self.R = nn.Parameter(1e-5 * torch.randn(rank, rank, generator=generator))
+        self.register_buffer("A", torch.zeros(rank, d_in), persistent=False)
+        self.register_buffer("B", torch.zeros(d_out, rank), persistent=False)
+
+    def attach(self, name, host, adapters):
+        """Make A and B of the host's weight. Raises ValueError if it has none."""
+        if not isinstance(host, nn.Linear):
+            raise ValueError(f"LoRA-XS needs a weight, and {name} has none: use --shortcuts none")
+        U, S, Vh = torch.linalg.svd(host.weight.detach().float(), full_matrices=False)
+        largest = U.abs().argmax(0, keepdim=True)
+        signs = U.gather(0, largest).sign()  # (1, d), as singular vectors have no sign of their own
+        self.B = (U * signs)[:, : self.max_rank].contiguous()
+        self.A = (S[:, None] * signs.T * Vh)[: self.max_rank].contiguous()
+
+    def active(self, rank):
+        """Return [(R, slices)]."""
+        return [(self.R, (slice(rank), slice(rank)))]
+
+    def forward(self, x, rank=None):
+        """x (..., d_in) -> dW x (..., d_out)"""
+        rank = self.rank if rank is None else rank
+        A, B = self.A[:rank].to(x.dtype), self.B[:, :rank].to(x.dtype)
+        R = self.R[:rank, :rank].to(x.dtype)
+        return F.linear(F.linear(F.linear(x, A), R) * self.scale, B)
+
+
+class SVDLoRA(Adapter):
+    """dW = scale * B diag(E) A: AdaLoRA's form (Zhang et al. 2023, arXiv 2303.10512).
+
+    Its paper writes P Lambda Q. A and B start as N(0, 0.02^2), E (r,) at 0, and so does dW.
+    """
+
+    def __init__(self, d_in, d_out, rank, alpha, generator=None):
+        super().__init__(d_in, d_out, rank, alpha)
+        self.A = nn.Parameter(0.02 * torch.randn(rank, d_in, generator=generator))
+        self.E = nn.Parameter(torch.zeros(rank))
+        self.B = nn.Parameter(0.02 * torch.randn(d_out, rank, generator=generator))
+
+    def active(self, rank):
+        """Return [(parameter, slices)]."""
+        first = slice(rank)
+        every = slice(None)
+        return [(self.A, (first, every)), (self.E, (first,)), (self.B, (every, first))]
+
+    def forward(self, x, rank=None):
+        """x (..., d_in) -> dW x (..., d_out)"""
+        rank = self.rank if rank is None else rank
+        A, B = self.A[:rank].to(x.dtype), self.B[:, :rank].to(x.dtype)
+        return F.linear(F.linear(x, A) * self.E[:rank].to(x.dtype) * self.scale, B)
+
+
+ADAPTERS["tied"] = TiedLoRA
+ADAPTERS["tied-abu"] = functools.partial(TiedLoRA, trained=("A", "B", "u"))
+ADAPTERS["vera"] = functools.partial(TiedLoRA, trained=("u", "v"))
+ADAPTERS["prolora"] = PRoLoRA
+ADAPTERS["prolora-shared"] = functools.partial(PRoLoRA, unshared=0)
+ADAPTERS["xs"] = LoRAXS
+ADAPTERS["svd"] = SVDLoRA
+TIED = ("tied", "tied-abu")  # a budget counts what layers share once
+
+
+def largest_rank(encoder, targets, kind, budget):
+    """Return the largest rank that all targets of an encoder can have within a budget, or 0.
+
+    The model stays as it was. Parameters that modules share count once.
+    """
+    twin = copy.deepcopy(encoder).to("meta")  # shapes without values
+    weights = [m.weight for n, m in twin.named_modules() if n.split(".")[-1] in targets]
+    most = min((min(weight.shape) for weight in weights), default=1)
+    adapters = inject(twin, targets, [], most, 1.0, adapter=kind)
+    rank = 0
+    while rank < most and cost(adapters, dict.fromkeys(adapters, rank + 1)) <= budget:
+        rank += 1
+    return rank
+
+
+def choose_kind(args, encoder, targets):
+    """Return the class of --adapter, and fill in a --rank that was left out. Raises InputError.
+
+    With --method adalora the rank is the first one that costs extras.adalora.START times the
+    budget. With --method lora it is the largest that fits, for other kinds than LoRA. Both only for
+    a budget in parameters: a share is one of a search space whose rank is known. Else it is 8.
+    """
+    own_kind = {"alora": "lora", "adalora": "svd"}.get(args.method)
+    if args.method == "adalora" and args.adapter == "lora":
+        args.adapter = own_kind
+    if own_kind and args.adapter != own_kind:
+        raise InputError(f"--method {args.method} has its own adapters: leave --adapter out")
+    if args.adapter in TIED and args.method in ("static", "dynamic"):
+        reason = f"modules of {args.adapter} share A and B, and cannot be bought one by one"
+        raise InputError(f"--method {args.method}: {reason}: use --method lora")
+    kind = ADAPTERS[args.adapter]
+    if args.rank is None and re.fullmatch(r"[\d,]+", str(args.budget)):
+        budget = int(str(args.budget).replace(",", ""))
+        if args.method == "adalora":
+            args.rank = largest_rank(encoder, targets, kind, START * budget - 1) + 1
+        if args.method == "lora" and args.adapter != "lora":
+            args.rank = largest_rank(encoder, targets, kind, budget)
+            if args.rank == 0:
+                raise InputError(f"--budget {budget:,} is less than rank 1 of {args.adapter} costs")
+            args.budget = budget  # a number, not text: with what is left over nothing can be bought
+    args.rank = args.rank or 8
+    return kind

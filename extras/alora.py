@@ -1,0 +1,149 @@
+"""--method alora: ranks move from where they matter least, measured by leaving each one out.
+
+ALoRA (Liu et al. 2024, arXiv 2403.16187). There is no public code; this follows the paper's text.
+
+1. Start with the same number of ranks everywhere, as far as the budget goes, and train.
+2. At every interval, score all ranks, drop the worst, and give as many new ones to modules that
+   lost none. After ROUNDS rounds the ranks stay.
+
+The score of a rank is loss(without it) - loss(with it alone), on a few training examples.
+
+Our choices, where the paper is silent or has an arrangement that short runs do not allow: the
+interval is --realloc-every; an eighth of the ranks is dropped each time; a rank that is new stays
+for a round, as its B is still near 0; the scale does not depend on how many ranks are on.
+"""
+
+import contextlib
+import math
+
+import torch
+
+from extras.allocators import middle_layers
+from extras.rank_adamw import move_ranks
+from heterolora import HeteroLoRA, cost, in_eval_mode, rank_costs, set_ranks
+
+SCORE_BATCHES = 2  # at most: 32 examples with the usual 16, as in the paper
+SHARE = 1 / 8  # of all ranks, dropped in a round
+ROUNDS = 8
+
+
+class ALoRA(HeteroLoRA):
+    """The search of ALoRA. `follow` tells it the optimizer."""
+
+    def follow(self, optimizer):
+        """Remember a RankAdamW, whose state moves with the ranks -> self"""
+        self.optimizer = optimizer
+        return self
+
+    def reallocate(self, batches=None, step=0):
+        """Start uniform, or move ranks -> the new entry of `history`; after the last round None."""
+        if len(self.history) > ROUNDS:
+            return None
+        return super().reallocate(batches, step)
+
+    def score(self, batches=None):
+        """Return {module name: [score of every rank that is on]}; before training they are 0."""
+        if not self.history:
+            return dict.fromkeys(self.adapters, 0.0)
+        batches = batches[:SCORE_BATCHES]
+        scores = {}
+        with in_eval_mode(self.model), torch.no_grad():
+            for name, adapter in self.adapters.items():
+                scores[name] = []
+                for k in range(adapter.rank):
+                    others = [other for other in range(adapter.rank) if other != k]
+                    with muted(adapter, [k]):
+                        without = self.loss(batches)
+                    with alone(self.adapters, name), muted(adapter, others):
+                        with_it_alone = self.loss(batches)
+                    scores[name].append(without - with_it_alone)
+                if not all(map(math.isfinite, scores[name])):
+                    raise FloatingPointError(f"ALoRA gives {scores[name]} for {name}")
+        return scores
+
+    def loss(self, batches):
+        """Return the mean loss."""
+        return sum(self.loss_fn(self.model, batch).item() for batch in batches) / len(batches)
+
+    def allocate(self, scores):
+        """Drop the worst ranks, give new ones to modules that lost none -> {module name: rank}"""
+        self.dropped = {}
+        costs = rank_costs(self.adapters)
+        if not self.history:
+            return middle_layers(scores, costs, self.budget, None)
+        ranks = dict(self.history[-1]["ranks"])
+        n_moves = max(1, round(SHARE * sum(self.history[0]["ranks"].values())))
+        for _, name, k in sorted(self.candidates(scores))[:n_moves]:
+            self.dropped.setdefault(name, []).append(k)
+            ranks[name] -= 1
+
+        means = {}  # of the modules that may grow; one that is off comes last
+        for name in self.adapters:
+            if name not in self.dropped:
+                means[name] = sum(scores[name]) / ranks[name] if ranks[name] else -math.inf
+        growing = sorted(means, key=means.get, reverse=True)
+        left = self.budget - cost(self.adapters, ranks)
+        grown = True
+        while (
+            n_moves > 0 and grown
+        ):  # rounds, so that nobody gets a second rank before all have one
+            grown = False
+            for name in growing:
+                rank = ranks[name]
+                if n_moves > 0 and rank < len(costs[name]) and costs[name][rank] <= left:
+                    ranks[name] += 1
+                    left -= costs[name][rank]
+                    n_moves -= 1
+                    grown = True
+        return ranks
+
+    def candidates(self, scores):
+        """Return [(score, module name, rank)] of all ranks but those that are one round old."""
+        before = self.history[-2]["ranks"] if len(self.history) > 1 else {}
+        found = []
+        for name, adapter in self.adapters.items():
+            new = max(0, adapter.rank - before.get(name, adapter.rank))
+            for k in range(adapter.rank - new):
+                found.append((scores[name][k], name, k))
+        return found
+
+    def switch(self, ranks):
+        """Move dropped ranks behind those that stay, begin new ones afresh, and turn ranks on."""
+        for name, adapter in self.adapters.items():
+            dropped = self.dropped.get(name, [])
+            kept = [k for k in range(adapter.max_rank) if k not in dropped]
+            if dropped:
+                move_ranks(adapter, kept + dropped, self.optimizer)
+            if self.history:
+                for k in range(adapter.rank, ranks[name]):
+                    self.begin_rank(adapter, k)
+        set_ranks(self.adapters, ranks)
+
+    def begin_rank(self, adapter, k):
+        """Give rank k new initial values, as LoRA's, and a state of the optimizer that is new."""
+        (A, _), (B, _) = adapter.active(adapter.max_rank)
+        bound = 1 / math.sqrt(A.shape[1])
+        row = torch.empty(A.shape[1]).uniform_(-bound, bound, generator=self.generator)
+        A.data[k] = row.to(A)
+        B.data[:, k] = 0
+        for parameter, part in ((A, k), (B, (slice(None), k))):
+            self.optimizer.forget(parameter, part)
+
+
+@contextlib.contextmanager
+def muted(adapter, ranks):
+    """Leave these ranks of a LoRA out: their columns of B are 0 for a while."""
+    (_, _), (B, _) = adapter.active(adapter.max_rank)
+    before = B.data.clone()
+    B.data[:, ranks] = 0
+    yield
+    B.data.copy_(before)
+
+
+@contextlib.contextmanager
+def alone(adapters, name):
+    """Turn all modules off but one."""
+    ranks = {other: adapter.rank for other, adapter in adapters.items()}
+    set_ranks(adapters, {name: ranks[name]})
+    yield
+    set_ranks(adapters, ranks)

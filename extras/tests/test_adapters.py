@@ -1,0 +1,242 @@
+"""Claims about the other kinds of adapters, each against its formula written out."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+
+import data
+import heterolora
+import train
+from extras.adapters import ADAPTERS, LoRAXS, PRoLoRA, TiedLoRA, largest_rank
+from extras.runs import costs_once
+from heterolora import HeteroLoRA, LoRA, inject, set_ranks
+from model import Classifier, Encoder
+from test_heterolora import SMALL, loss_fn, make_batches
+
+KINDS = sorted(ADAPTERS)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def make_model(kind, rank=6, trained=True):
+    """Return a small classifier with adapters of a kind on all linears; trained: dW is not 0."""
+    torch.manual_seed(0)
+    encoder = Encoder(SMALL)
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model = Classifier(encoder, 3, generator=generator()).eval()
+    adapters = inject(encoder, heterolora.TARGETS, [], rank, 8.0, adapter=ADAPTERS[kind])
+    if trained:
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.2)
+    return model, adapters
+
+
+def roll_by_hand(chunk, count, width):
+    """PRoLoRA's rows, element by element: row i of chunk k is row i + k * step of the first."""
+    rows, columns = chunk.shape
+    step = max(rows // count, 1)
+    wide = torch.empty(rows, width)
+    for i in range(rows):
+        for column in range(width):
+            k, j = divmod(column, columns)
+            wide[i, column] = chunk[(i + k * step) % rows, j]
+    return wide
+
+
+# ------------------------------------------------------------------------------- what dW is
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_tied_lora_is_its_formula(rank):
+    adapter = TiedLoRA(7, 9, 5, 2.0, generator())
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    A, B, u, v = adapter.A[:rank], adapter.B[:, :rank], adapter.u[:rank], adapter.v
+    dW = 2.0 / 5 * v.diag() @ B @ u.diag() @ A
+    x = torch.randn(2, 3, 7)
+    torch.testing.assert_close(adapter(x, rank), x @ dW.T)
+
+
+@pytest.mark.parametrize("rank, unshared", [(5, 1), (5, 0), (3, 2), (1, 1)])
+def test_prolora_is_its_formula_also_where_the_chunks_do_not_divide_the_width(rank, unshared):
+    adapter = PRoLoRA(10, 11, 5, 2.0, generator(), chunks=4, unshared=unshared)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    shared = rank - min(rank, unshared)
+    A, B = adapter.own_A[:rank], adapter.own_B[:, :rank]
+    if shared:
+        A = torch.cat([roll_by_hand(adapter.A[:shared], 4, 10), A])
+        B = torch.cat([roll_by_hand(adapter.B[:, :shared].T, 4, 11).T, B], 1)
+    x = torch.randn(2, 3, 10)
+    torch.testing.assert_close(adapter(x, rank), x @ (2.0 / 5 * B @ A).T)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_lora_xs_puts_its_core_between_the_singular_vectors_of_the_weight(rank):
+    host = nn.Linear(7, 9)
+    adapter = LoRAXS(7, 9, 4, 2.0, generator())
+    adapter.attach("q", host, {})
+    U, S, Vh = torch.linalg.svd(host.weight, full_matrices=False)
+    W_r = U[:, :rank] * S[:rank] @ Vh[:rank]  # the signs of the vectors cancel
+    adapter.R.data.copy_(torch.eye(4))
+    x = torch.randn(2, 3, 7)
+    torch.testing.assert_close(adapter(x, rank), 2.0 / 4 * x @ W_r.T)
+    adapter.R.data.normal_()
+    dW = 2.0 / 4 * adapter.B[:, :rank] @ adapter.R[:rank, :rank] @ adapter.A[:rank]
+    torch.testing.assert_close(adapter(x, rank), x @ dW.T)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("xs", "vera", "svd")])
+def test_kinds_that_can_be_lora_are_lora_bit_for_bit(kind):
+    settings = {"chunks": 1, "unshared": 0} if "prolora" in kind else {}
+    adapter = ADAPTERS[kind](12, 9, 4, 2.0, generator(), **settings)
+    lora = LoRA(12, 9, 4, 2.0, generator())
+    x = torch.randn(2, 3, 12)
+    B = torch.randn(9, 4)
+    for each in (adapter, lora):
+        each.B.data.copy_(B)
+        each(x).square().sum().backward()
+    assert torch.equal(adapter(x), lora(x))
+    assert torch.equal(adapter.A.grad, lora.A.grad)
+    assert torch.equal(adapter.B.grad, lora.B.grad)
+
+
+def test_rotation_raises_the_rank_of_prolora():
+    adapter = PRoLoRA(32, 32, 8, 1.0, generator(), chunks=8, unshared=0)
+    nn.init.normal_(adapter.B)
+    rotated = torch.linalg.matrix_rank(adapter(torch.eye(32)))
+    adapter.repeat = lambda chunk, width, axis: torch.cat([chunk] * 8, 1 - axis)
+    assert torch.linalg.matrix_rank(adapter(torch.eye(32))) == 4  # the width of a chunk
+    assert rotated == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dW_starts_at_zero_and_the_parameters_get_a_gradient(kind):
+    model, adapters = make_model(kind, trained=False)
+    inputs, _ = batch = make_batches()[0]
+    with_adapters = model(*inputs)
+    loss_fn(model, batch).backward()
+    set_ranks(adapters, {})
+    off = model(*inputs)
+    torch.testing.assert_close(with_adapters, off, atol=1e-4 if kind == "xs" else 0, rtol=0)
+    for adapter in adapters.values():
+        assert any(p.grad.any() for p in adapter.parameters() if p.requires_grad)
+
+
+# ------------------------------------------------------------------------------- what it costs
+
+
+def test_what_layers_share_is_one_object_and_counts_once():
+    model, adapters = make_model("tied", rank=2)
+    assert adapters["layers.0.q"].A is adapters["layers.2.q"].A
+    assert adapters["layers.0.q"].A is not adapters["layers.0.k"].A
+    trained = {p for p in model.encoder.parameters() if p.requires_grad}
+    total = sum(p.numel() for p in trained)
+    assert heterolora.cost(adapters) == total
+    assert sum(map(sum, costs_once(adapters).values())) == total
+    per_type = 4 * (2 * (16 + 16) + 3 * (2 + 16)) + (2 * 40 + 3 * (2 + 24)) + (2 * 40 + 3 * 18)
+    assert total == per_type
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cost_is_the_number_of_parameters_that_train(kind):
+    model, adapters = make_model(kind)
+    trained = [p for n, p in model.encoder.named_parameters() if p.requires_grad]
+    assert heterolora.cost(adapters) == sum(p.numel() for p in trained)
+    for rank in range(7):
+        allocation = dict.fromkeys(adapters, rank)
+        spent = heterolora.cost(adapters, allocation)
+        prices = costs_once(adapters).values()
+        assert spent == sum(sum(costs[:rank]) for costs in prices)
+
+
+def test_the_next_rank_of_lora_xs_always_costs_more():
+    _, adapters = make_model("xs", rank=4)
+    assert heterolora.rank_costs(adapters)["layers.0.q"] == [1, 3, 5, 7]
+
+
+def test_only_the_core_of_lora_xs_trains():
+    _, adapters = make_model("xs")
+    for adapter in adapters.values():
+        assert [name for name, _ in adapter.named_parameters()] == ["R"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_rank_fits_and_the_next_one_does_not(kind):
+    encoder = Encoder(SMALL)
+    rank = largest_rank(encoder, ["q", "v"], ADAPTERS[kind], 1500)
+    costs = []
+    for r in (rank, min(rank + 1, 16)):
+        twin = copy.deepcopy(encoder)
+        costs.append(heterolora.cost(inject(twin, ["q", "v"], [], r, 1.0, adapter=ADAPTERS[kind])))
+    assert costs[0] <= 1500
+    assert rank == 16 or costs[1] > 1500
+    assert not any(".adapter" in name for name, _ in encoder.named_modules())
+
+
+# ---------------------------------------------------------------------------------- how it runs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_score_is_the_norm_of_the_gradients_by_plain_autograd(kind):
+    model, adapters = make_model(kind)
+    batch = make_batches(1)[0]
+    scores = HeteroLoRA(model, adapters, 0, loss_fn).score([batch])
+    for name in adapters:  # one at a time, as layers may share parameters
+        twin = copy.deepcopy(model)
+        host = twin.encoder.get_submodule(name)
+        host.adapter = copy.deepcopy(host.adapter)
+        loss_fn(twin, batch).backward()
+        norms = [p.grad.norm() for p in host.adapter.parameters() if p.requires_grad]
+        assert scores[name] == pytest.approx(float(sum(norms)), rel=1e-4), name
+
+
+def run(folder, *flags):
+    common = ["--train-limit", "96", "--max-steps", "6", "--precision", "float32"]
+    common += ["--shortcuts", "none", "--head-warmup", "4", "--out", str(folder)]
+    return train.main([*common, *flags])
+
+
+@pytest.mark.parametrize("kind", ["tied", "vera", "prolora", "xs"])
+def test_a_kind_trains_within_the_budget_and_its_run_can_be_loaded(tmp_path, kind):
+    flags = ["--method", "lora", "--adapter", kind, "--budget", "3000"]
+    assert run(tmp_path / "a", *flags) == 0
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert 2000 < result["params_active"] <= 3000
+    model = train.load_run(tmp_path / "a")
+    task = data.load_task("paraphrase")
+    split = data.Split(task.dev, model.tokenizer, 128, "cpu")
+    values = train.evaluate(model, split, task.metric)
+    assert values["accuracy"] == result["last"]
+    assert values["loss"] == pytest.approx(result["dev"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vera", "prolora", "xs"])
+def test_a_search_works_with_kinds_whose_modules_share_nothing(tmp_path, kind):
+    flags = ["--method", "dynamic", "--adapter", kind, "--realloc-every", "0.7"]
+    assert run(tmp_path / "a", *flags, "--budget", "25%") == 0
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert 0 < result["params_active"] <= result["params_budget"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--method", "static", "--adapter", "tied"], "cannot be bought one by one"),
+        (["--method", "lora", "--adapter", "xs", "--shortcuts", "all"], "use --shortcuts none"),
+        (["--method", "lora", "--adapter", "prolora", "--budget", "9"], "is less than rank 1"),
+        (["--method", "alora", "--adapter", "xs"], "leave --adapter out"),
+        (["--method", "adalora", "--adapter", "tied"], "leave --adapter out"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(tmp_path, capsys, flags, message):
+    assert run(tmp_path / "a", *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
