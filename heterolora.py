@@ -32,13 +32,14 @@ A static search does steps 2 to 4 once, before training; a dynamic one again and
     residual_attn, residual_ffn  R_attn, R_ffn                           residual_1, residual_2
     shortcut_attn, shortcut_ffn  S_attn, S_ffn                           shortcut_sa, shortcut_ffn
     rank                         how many ranks are on, 0 to r_max       disable_adapters
-    score, proxy                 higher = keep                           importance
+    score                        higher = keep                           importance
     budget                       adapter PARAMETERS of an allocation     a count of modules
     ranks                        an allocation: {module name: rank}      alloc_modules
+
+The paper's other proxy, SynFlow, is in extras/synflow.py.
 """
 
 import contextlib
-import copy
 import dataclasses
 import math
 import warnings
@@ -48,7 +49,6 @@ from typing import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # the linears of model.py; inject takes any names
 SHORTCUTS = ("residual_attn", "residual_ffn", "shortcut_attn", "shortcut_ffn")
@@ -148,14 +148,7 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
         raise ValueError("this model has adapters already: inject once, then use set_ranks")
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     points = [name for name, module in modules.items() if isinstance(module, nn.Identity)]
-    chosen = []
-    for wanted, among in ((targets, linears), (shortcuts, points)):
-        known = {name.split(".")[-1] for name in among}
-        for last in wanted:
-            if last not in known:
-                raise ValueError(f"the model has no {last!r}; it has: {', '.join(sorted(known))}")
-        chosen += [name for name in among if name.split(".")[-1] in wanted]
-
+    chosen = _find(targets, linears) + _find(shortcuts, points)
     shortcut_alpha = alpha if shortcut_alpha is None else shortcut_alpha
     model.requires_grad_(False)
     adapters = {}
@@ -176,6 +169,15 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, replacement)
     return adapters
+
+
+def _find(wanted, names):
+    """Return the names whose last parts are wanted. Raises ValueError if one is not found."""
+    known = {name.split(".")[-1] for name in names}
+    for last in wanted:
+        if last not in known:
+            raise ValueError(f"the model has no {last!r}; it has: {', '.join(sorted(known))}")
+    return [name for name in names if name.split(".")[-1] in wanted]
 
 
 def set_ranks(adapters, ranks):
@@ -215,28 +217,6 @@ def rank_costs(adapters):
         totals = [cost({name: adapter}, {name: rank}) for rank in range(adapter.max_rank + 1)]
         costs[name] = [totals[rank + 1] - totals[rank] for rank in range(adapter.max_rank)]
     return costs
-
-
-def partly_on(adapters):
-    """Return {parameter: slices} for parameters of which a part is on and a part is off."""
-    blocks = active_blocks(adapters)
-    return {p: part for p, part in blocks.items() if 0 < p[part].numel() < p.numel()}
-
-
-@contextlib.contextmanager
-def hold_off_ranks(adapters):
-    """Keep ranks that are off as they are, bit for bit: `with hold_off_ranks(adapters): step()`.
-
-    This is for allocators that buy single ranks. Where a part is on, the gradient of the rest is 0,
-    and momentum and weight decay would still move it. A module that is off as a whole has no
-    gradient, if `zero_grad` sets it to None, and optimizers skip it.
-    """
-    partly = partly_on(adapters)
-    before = {parameter: parameter.detach().clone() for parameter in partly}
-    yield
-    for parameter, part in partly.items():
-        before[parameter][part] = parameter.detach()[part]
-        parameter.data.copy_(before[parameter])
 
 
 # ------------------------------------------------------------------------------------- proxies
@@ -347,52 +327,6 @@ def snip(adapter, *gradients):
     return sum(products)
 
 
-@proxy("synflow", measure=None)
-def synflow(model, adapters, batches, loss_fn):
-    """SNIP without data, sum |A * dR/dA| + sum |B * dR/dB| (Tanaka et al. 2020, arXiv 2006.05467).
-
-    R is the sum of one example's logits, on a copy that is linear and whose parameters are absolute
-    values; tokens are embedded as ones. While B = 0 it is 0 for every module, as SNIP is.
-    """
-    twin, twin_adapters = copy.deepcopy((model, adapters))
-    for parameter in twin.double().parameters():
-        parameter.data.abs_()
-
-    def flow(twin, batch):
-        """Return R, the sum of the first example's logits."""
-        with _Linearised():
-            return loss_fn(twin, batch)
-
-    return HeteroLoRA(twin, twin_adapters, 0, flow, "snip").score(batches[:1])
-
-
-class _Linearised(TorchFunctionMode):
-    """Replace the functions of encoders by linear ones, the loss by the first example's logits.
-
-    loss_fn must call cross_entropy or mse_loss with the logits. What is not listed stays as it is.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = function.__name__
-        x = args[0] if args else None
-        if name == "embedding":
-            return args[1].new_ones(*x.shape, args[1].shape[1])
-        if name == "layer_norm":  # gain and bias, which torch hands on as keywords
-            return x * kwargs["weight"] + kwargs["bias"]
-        if name == "scaled_dot_product_attention":  # uniform: the mean of the values
-            return args[2].mean(-2, keepdim=True).expand_as(args[2])
-        if name == "softmax":
-            return torch.full_like(x, 1 / x.shape[-1])
-        if name in ("relu", "gelu", "silu", "tanh"):  # what ReLU does to positive numbers
-            return x
-        if name == "sigmoid":  # x * sigmoid(x) is another way to write silu
-            return torch.ones_like(x)
-        if name in ("cross_entropy", "mse_loss"):
-            return x[0].sum()
-        return function(*args, **kwargs)
-
-
 # ---------------------------------------------------------------------------------- allocators
 
 ALLOCATORS = {}  # name -> function(scores, costs, budget, generator) -> {name: rank}
@@ -418,15 +352,12 @@ def greedy(scores, costs, budget, generator):
 
     The paper's ranking. Equal scores come in random order. A list of scores counts as its sum.
     """
-    totals = {
-        name: torch.tensor(score, dtype=torch.double).sum().item() for name, score in scores.items()
-    }
+    totals = {}
+    for name, score in scores.items():
+        totals[name] = sum(score) if isinstance(score, list) else score
     if not any(totals.values()):
-        warnings.warn(
-            "all scores are 0: this is a random draw. Scores made of B are 0 while B = 0: use "
-            "another proxy, or train all modules first (--warmup-steps)",
-            stacklevel=2,
-        )
+        reason = "scores made of B are 0 while B = 0: use another proxy, or --warmup-steps"
+        warnings.warn(f"all scores are 0, and this is a random draw: {reason}", stacklevel=2)
     names = list(scores)
     names = [names[i] for i in torch.randperm(len(names), generator=generator)]
     ranks = dict.fromkeys(names, 0)

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import data
-import extras.allocators  # noqa: F401  registers uniform
+import extras.synflow  # noqa: F401  registers synflow
 import heterolora
 import train
 from data import InputError
+from extras.rank_adamw import hold_off_ranks
 from heterolora import SHORTCUTS, TARGETS, HeteroLoRA, LoRA, LoRALinear, inject, set_ranks
-from model import ACTIVATIONS, Classifier, Encoder, EncoderConfig
+from model import Classifier, Encoder, EncoderConfig
 
 ROOT = pathlib.Path(__file__).parent
 GLUE = ROOT.parent / "shared" / "glue"
@@ -255,7 +256,7 @@ def test_ranks_that_are_off_do_not_move_by_momentum_or_weight_decay(name):
             before = {module: copy.deepcopy(a.state_dict()) for module, a in adapters.items()}
         optimizer.zero_grad()
         loss_fn(model, batch).backward()
-        with heterolora.hold_off_ranks(adapters):
+        with hold_off_ranks(adapters):
             optimizer.step()
     for module, adapter in adapters.items():
         r = ranks[module]
@@ -420,58 +421,6 @@ def test_at_B_zero_grad_norm_marks_down_wide_inputs():
         squares.append(dB.square().sum().item())
     expected = (2 / 4) ** 2 * 4 / (3 * 50) * G.square().sum().item()
     assert sum(squares) / 300 == pytest.approx(expected, rel=0.1)
-
-
-def test_synflow_is_the_flow_through_a_linear_network_of_absolute_weights():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    adapters = inject(model, ["1", "3"], [], rank=2, alpha=3)
-    for adapter in adapters.values():
-        nn.init.normal_(adapter.B)
-    batch = (torch.tensor([1, 2]),), torch.tensor([0, 1])
-    scores = score(model, adapters, [batch], "synflow")
-
-    weights = {}
-    for name, adapter in adapters.items():
-        weights[name] = (adapter.A.detach().abs(), adapter.B.detach().abs())
-
-    def total(scales):  # R as a function of factors on the parameters of both modules
-        x = torch.ones(4, dtype=torch.double)
-        for name in ("1", "3"):
-            A, B = (w.double() * s for w, s in zip(weights[name], scales[name], strict=True))
-            host = model.get_submodule(name).host
-            x = host.weight.double().abs() @ x + host.bias.double().abs() + 1.5 * B @ (A @ x)
-        return x.sum()
-
-    # sum of theta * dR/dtheta over a tensor is the derivative of R by a factor on that tensor
-    for name in ("1", "3"):
-        expected = 0
-        for i in range(2):
-            scales = {"1": [1.0, 1.0], "3": [1.0, 1.0]}
-            scales[name][i] = 1 + 1e-6
-            up = total(scales)
-            scales[name][i] = 1 - 1e-6
-            expected += (up - total(scales)) / 2e-6
-        assert scores[name] == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_synflow_does_not_look_at_the_labels_and_gives_q_and_k_zero():
-    model, adapters = make_model()
-    (inputs, labels), _ = make_batches()
-    scores = score(model, adapters, [(inputs, labels)], "synflow")
-    assert scores == score(model, adapters, [(inputs, (labels + 1) % 3)], "synflow")
-    for name, value in scores.items():
-        assert (value == 0) == name.endswith((".q", ".k")), name
-
-
-def test_synflow_takes_every_activation_and_attention_for_linear():
-    x = torch.tensor([[0.1, -0.2]])
-    with heterolora._Linearised():
-        for name, function in ACTIVATIONS.items():
-            assert torch.equal(function(x), x), name
-        assert x.softmax(-1).tolist() == [[0.5, 0.5]]
-        attended = F.scaled_dot_product_attention(x.T, x.T, x.T)
-    assert attended.tolist() == [[pytest.approx(-0.05)]] * 2
 
 
 @pytest.mark.parametrize("proxy", sorted(heterolora.PROXIES))

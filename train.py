@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -26,11 +25,11 @@ import torch.nn.functional as F
 import data
 import heterolora
 from data import InputError
-from model import Classifier, load_pretrained
+from extras.flags import names, number, parse_budget, path
+from model import Classifier
 
 METHODS = ("dynamic", "static", "lora", "head", "full")
 NEIGHBOURS = ("alora", "adalora")  # other searches, in extras/
-EPOCHS = {"mrpc": 5, "rte": 10, "cola": 5, "sst2": 1, "qnli": 1, "qqp": 1, "mnli": 1}
 PRECISIONS = ("float32", "bfloat16")
 
 HEAD_LR = 1e-3  # the head starts from nothing, whatever the adapters do
@@ -44,38 +43,13 @@ SAVE_EVERY = 500  # steps; also at the end of every epoch
 # --------------------------------------------------------------------------------------- flags
 
 
-def number(kind, above, most=sys.maxsize):
-    """Return an argparse type: an int or float over a limit, and at most another."""
-
-    def parse(text):
-        value = kind(text)
-        if not above < value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: want more than {above}, at most {most}")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
-def path(text):
-    """Return a name, which may not be empty, as that of an unset variable is."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
-    return text
-
-
-def names(text):
-    """Split "q,v" into a list; "none" is the empty one."""
-    return [] if text == "none" else text.split(",")
-
-
 def parse_args(argv=None):
     """Turn a command line into a Namespace. With --resume the flags are those of the saved run."""
     import extras.adapters  # noqa: F401  they register what the paper does not have
     import extras.allocators  # noqa: F401
     import extras.proxies  # noqa: F401
 
-    whole = number(int, 0)
+    whole = number(int, 0)  # 1 or more
     few = number(int, -1, 9999)  # 0 to 9999
     positive = number(float, 0)
     parser = argparse.ArgumentParser(
@@ -96,15 +70,10 @@ def parse_args(argv=None):
     add("--budget", help="25%%, 0.25 or 12000 parameters (25%%; for lora 100%%)")
     add("--targets", type=names, default="q,v", help="linears: all, none, or of q,k,v,o,fc1,fc2")
     add("--shortcuts", type=names, default="all", help="all, none, or some: see heterolora.py")
-    add("--rank", type=whole, help="r_max, the rank of a module that is on (8; see --adapter)")
+    add("--rank", type=whole, help="r_max, the rank of a module that is on (8 or what fits)")
     add("--alpha", type=positive, default=16.0, help="scale is alpha / rank (16)")
     add("--shortcut-alpha", type=positive, default=4.0, help="the same for shortcuts (4)")
-    add(
-        "--adapter",
-        choices=heterolora.ADAPTERS,
-        default="lora",
-        help="with other kinds, --method lora and a budget in parameters: r_max is what fits",
-    )
+    add("--adapter", choices=heterolora.ADAPTERS, default="lora", help="see extras/adapters.py")
     add("--proxy", choices=heterolora.PROXIES, default="grad-norm")
     add("--allocator", choices=heterolora.ALLOCATORS, default="greedy")
     add("--realloc-every", type=positive, default=0.2, help="epochs between allocations (0.2)")
@@ -119,17 +88,8 @@ def parse_args(argv=None):
     add("--lr", type=positive, help="2e-3 built-in, else 1e-3; for full 3e-4, else 5e-5")
     add("--seed", type=number(int, -1), default=0)
     add("--device", help="cpu, cuda, cuda:1 ... (cuda if there is one)")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        help="of frozen weights (bfloat16 if the processor has it)",
-    )
-    add(
-        "--out",
-        type=path,
-        metavar="DIR",
-        help="a new folder for config, logs, state, result and adapters",
-    )
+    add("--precision", choices=PRECISIONS, help="of frozen weights (bfloat16 if that is fast)")
+    add("--out", type=path, metavar="DIR", help="a new folder for logs, state, result, adapters")
     add("--resume", type=path, metavar="DIR", help="go on with a run that was interrupted")
 
     args = parser.parse_args(argv)
@@ -141,25 +101,6 @@ def parse_args(argv=None):
     return args
 
 
-def parse_budget(text, most):
-    """Turn "25%" or "0.25", shares of `most`, or "12,000" into parameters. Raises InputError.
-
-    A whole number counts parameters, also 1; a comma is allowed between thousands only.
-    """
-    error = InputError(f"budget {text!r}: want 25% or 0.25, or a number up to {most:,} parameters")
-    if re.fullmatch(r"\d+|\d{1,3}(,\d{3})+", text):
-        budget = int(text.replace(",", ""))
-    elif re.fullmatch(r"\d+(\.\d+)?%", text):
-        budget = math.floor(float(text[:-1]) / 100 * most + 1e-6)
-    elif re.fullmatch(r"\d*\.\d+", text):
-        budget = math.floor(float(text) * most + 1e-6)
-    else:
-        raise error
-    if budget > most:
-        raise error
-    return budget
-
-
 # ----------------------------------------------------------------------------------- the parts
 
 
@@ -168,72 +109,28 @@ def generator(seed, purpose):
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
 
 
-def read_task(args):
-    """Return the task with the examples and the metric that the flags ask for."""
-    task = data.load_task(args.task, args.data_dir)
-    if args.task not in (*data.BUILT_IN, *data.GLUE):
-        args.task = os.path.abspath(args.task)
-    if args.metric and len(task.labels) != 2:
-        raise InputError(f"--metric {args.metric} is of two classes; there are {len(task.labels)}")
-    if args.metric:
-        metric = data.METRICS[args.metric]
-        task.metric = lambda *both: metric(*both) | data.accuracy(*both)
-    if args.train_limit:
-        order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
-        task.train = [task.train[i] for i in order[: args.train_limit].sort().values]
-    return data.hold_out(task, args.holdout) if args.holdout else task
-
-
 def prepare(args):
     """Load everything and fill in the defaults -> task, tokenizer, model, adapters
 
     Whatever is wrong with the input raises InputError here, before any training.
     """
-    from extras import devices
+    from extras import setup
 
-    is_built_in = args.model == "built-in"
-    is_full = args.method == "full"
-    is_text = args.task in data.GLUE or os.path.isdir(args.task)
-    if is_built_in and is_text and args.task not in data.BUILT_IN:
-        raise InputError(f"task {args.task} needs --model: a checkpoint folder or a hub id")
-    if is_full and args.precision == "bfloat16":
-        raise InputError("--precision bfloat16 is of frozen weights, and --method full has none")
-    if args.method in NEIGHBOURS:
-        args.head_warmup = args.warmup_steps = 0  # their first allocation has no score
-    if args.data_dir:
-        args.data_dir = os.path.abspath(args.data_dir)
-    task = read_task(args)
+    setup.check_flags(args)
+    task = setup.read_task(args)
     tokenizer, model, adapters = build(args, len(task.labels))
-    device = devices.find_device(args.device)
-    if is_full:
-        args.precision = "float32"
-    args.precision = args.precision or devices.best_precision(device)
-    args.epochs = args.epochs or float(EPOCHS.get(args.task, 4))
-    args.batch_size = min(args.batch_size or (32 if is_built_in else 16), len(task.train))
-    if is_full:
-        args.lr = args.lr or (3e-4 if is_built_in else 5e-5)
-    args.lr = args.lr or (2e-3 if is_built_in else 1e-3)
-    devices.round_frozen(model.encoder, args.precision)
-    return task, tokenizer, model.to(device), adapters
+    return task, tokenizer, setup.place(args, task, model), adapters
 
 
 def build(args, num_labels):
-    """Build the model of a run -> tokenizer, model, adapters"""
+    """Build the model of a run -> tokenizer, model, adapters. Raises InputError."""
     from extras.adapters import choose_kind
-    from extras.checkpoints import find_checkpoint
+    from extras.setup import read_checkpoint
     from extras.state import checksum
 
-    folder = find_checkpoint(args.model)
-    encoder = load_pretrained(folder)
-    tokenizer = data.load_tokenizer(folder)
-    if max(tokenizer.vocab.values()) >= encoder.config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has more words than the encoder")
-    tokenizer.second_type = min(tokenizer.second_type, encoder.config.type_vocab_size - 1)
-    if args.model != "built-in" and os.path.isdir(args.model):
-        args.model = os.path.abspath(args.model)
-    args.max_length = min(args.max_length, encoder.max_length)
+    tokenizer, encoder = read_checkpoint(args)
     model = Classifier(encoder, num_labels, args.pooling, generator(args.seed, "head"))
-    model.checkpoint = checksum(encoder)  # before its weights are rounded to 16 bits, or trained
+    model.checkpoint = checksum(encoder)  # before it is rounded to 16 bits, or trained
     if args.method in ("head", "full"):
         encoder.requires_grad_(args.method == "full")
         args.budget = None
@@ -311,7 +208,7 @@ def make_optimizer(args, model, adapters, total):
 
 
 def make_search(args, model, adapters, optimizer, total):
-    """Return the search of the method, or None."""
+    """Return the search of the method. The others have none: None."""
     common = (model, adapters, int(args.budget or 0), loss_fn)
     if args.method in ("static", "dynamic"):
         return heterolora.HeteroLoRA(*common, args.proxy, args.allocator, args.seed)
@@ -323,33 +220,18 @@ def make_search(args, model, adapters, optimizer, total):
         from extras.adalora import AdaLoRA
 
         return AdaLoRA(*common, seed=args.seed).follow(optimizer, total)
-    return None
 
 
 def update(model, adapters, optimizer, schedule):
     """Make one step of the optimizer with the gradients as they are. Ranks that are off stay."""
+    from extras.rank_adamw import hold_off_ranks
+
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(trained, CLIP)
-    with heterolora.hold_off_ranks(adapters):
+    with hold_off_ranks(adapters):
         optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-
-
-def plain_lora(adapters, allocator, budget):
-    """Return the ranks of the baseline: the same everywhere, or by layers. Shortcuts stay off."""
-    linears = dict(adapters)
-    for name in adapters:
-        if name.split(".")[-1] in heterolora.SHORTCUTS:
-            del linears[name]
-    if allocator.endswith("-layers"):
-        return heterolora.ALLOCATORS[allocator]({}, heterolora.rank_costs(linears), budget, None)
-    most = max((adapter.max_rank for adapter in linears.values()), default=0)
-    for rank in range(most, 0, -1):
-        ranks = dict.fromkeys(linears, rank)
-        if heterolora.cost(linears, ranks) <= budget:
-            return ranks
-    return {}
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -362,6 +244,7 @@ def train(args):
     finite, and KeyboardInterrupt after Ctrl-C, when the state has been saved.
     """
     from extras import fast_cpu, runs
+    from extras.allocators import plain_lora
     from extras.state import Progress, State, StopSignal, data_checksum
     from extras.warm_up import warmed_up
 

@@ -4,7 +4,7 @@ from operator import itemgetter
 
 import torch
 
-from heterolora import SHORTCUTS, allocator, greedy
+from heterolora import ALLOCATORS, SHORTCUTS, allocator, cost, greedy, rank_costs
 
 
 def price_of(costs, ranks):
@@ -127,3 +127,19 @@ def greedy_separated(scores, costs, budget, generator):
     if still_off:
         ranks |= greedy(still_off, costs, budget - price_of(costs, ranks), generator)
     return ranks
+
+
+def plain_lora(adapters, allocator, budget):
+    """Return the ranks of the baseline: the same everywhere, or by layers. Shortcuts stay off."""
+    linears = dict(adapters)
+    for name in adapters:
+        if name.split(".")[-1] in SHORTCUTS:
+            del linears[name]
+    if allocator.endswith("-layers"):
+        return ALLOCATORS[allocator]({}, rank_costs(linears), budget, None)
+    most = max((adapter.max_rank for adapter in linears.values()), default=0)
+    for rank in range(most, 0, -1):
+        ranks = dict.fromkeys(linears, rank)
+        if cost(linears, ranks) <= budget:
+            return ranks
+    return {}

@@ -17,6 +17,7 @@ import heterolora
 import train
 from data import InputError
 from extras.fast_cpu import accelerate, processor_name
+from extras.flags import number
 
 UNCOUNTED = 3  # first steps of every way: memory and code for new shapes are made then
 
@@ -100,7 +101,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="extras.benchmark", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--steps", type=train.number(int, 0), default=40, help="to measure (40)")
+    parser.add_argument("--steps", type=number(int, 0), default=40, help="to measure (40)")
     ours, flags = parser.parse_known_args(argv)
     try:
         benchmark(train.parse_args(flags), ours.steps)

@@ -27,6 +27,7 @@ import extras.proxies  # noqa: F401
 import train
 from data import InputError
 from extras.evidence import paired_difference
+from extras.flags import number
 from heterolora import ALLOCATORS, PROXIES
 
 TUNING_SEEDS = 2  # so many seeds choose among several learning rates,
@@ -212,9 +213,9 @@ def main(argv=None):
                                      description=__doc__.splitlines()[0])  # fmt: skip
     add = parser.add_argument
     add("contenders", nargs="+", metavar="CONTENDER", help="METHOD[:FLAG=VALUE]...; these first")
-    add("--seeds", type=train.number(int, -1), nargs="+", default=[0, 1, 2])
-    add("--lr", type=train.number(float, 0), nargs="+", default=[], help="each chooses its own")
-    add("--holdout", type=train.number(float, 0), help="evaluate on this share of the training set")
+    add("--seeds", type=number(int, -1), nargs="+", default=[0, 1, 2])
+    add("--lr", type=number(float, 0), nargs="+", default=[], help="each chooses its own")
+    add("--holdout", type=number(float, 0), help="evaluate on this share of the training set")
     add("--results", metavar="FILE", default="results.jsonl")
     args, rest = parser.parse_known_args(argv)
     args.seeds = list(dict.fromkeys(args.seeds))

@@ -9,6 +9,7 @@ import sys
 import data
 import train
 from data import InputError
+from extras import setup
 from extras.devices import round_frozen
 from extras.fast_cpu import accelerate
 from extras.runs import in_words
@@ -23,7 +24,7 @@ def evaluate_run(folder, task_name=None, data_dir=None, checkpoint=None):
         model.args.task = task_name
         model.args.holdout = None
     name = model.args.task
-    task = train.read_task(model.args)
+    task = setup.read_task(model.args)
     texts = 1 if task.dev[0][1] is None else 2
     if list(task.labels) != list(model.labels) or texts != model.texts:
         raise InputError(

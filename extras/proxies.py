@@ -15,6 +15,7 @@ G = dL/dW = d^T x (d_out, d_in) is the gradient of the full matrix.
 
 import torch
 
+import extras.synflow  # noqa: F401  the other proxy of the paper
 from heterolora import LoRALinear, proxy, recording
 
 

@@ -6,9 +6,33 @@ count and moments near 0, and its first steps would be about 3 times as long as 
 parameter. With whole modules this cannot happen: one that is off has no gradient, and waits.
 """
 
+import contextlib
+
 import torch
 
-from heterolora import partly_on
+from heterolora import active_blocks
+
+
+def partly_on(adapters):
+    """Return {parameter: slices} for parameters of which a part is on and a part is off."""
+    blocks = active_blocks(adapters)
+    return {p: part for p, part in blocks.items() if 0 < p[part].numel() < p.numel()}
+
+
+@contextlib.contextmanager
+def hold_off_ranks(adapters):
+    """Keep ranks that are off as they are, bit for bit: `with hold_off_ranks(adapters): step()`.
+
+    This is for allocators that buy single ranks. Where a part is on, the gradient of the rest is 0,
+    and momentum and weight decay would still move it. A module that is off as a whole has no
+    gradient, if `zero_grad` sets it to None, and optimizers skip it.
+    """
+    partly = partly_on(adapters)
+    before = {parameter: parameter.detach().clone() for parameter in partly}
+    yield
+    for parameter, part in partly.items():
+        before[parameter][part] = parameter.detach()[part]
+        parameter.data.copy_(before[parameter])
 
 
 class RankAdamW(torch.optim.AdamW):

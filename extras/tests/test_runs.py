@@ -14,7 +14,7 @@ import extras.state
 import heterolora
 import train
 from data import InputError
-from extras import checkpoints
+from extras import checkpoints, setup
 from model import Encoder
 from test_heterolora import SMALL, copy_builtin, inject, read_losses, run
 
@@ -132,7 +132,7 @@ def test_a_loaded_run_gives_the_same_figures(tmp_path, precision):
     assert run(*flags, "--precision", precision, out=tmp_path / "a") == 0
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     model = train.load_run(str(tmp_path / "a"))
-    task = train.read_task(model.args)
+    task = setup.read_task(model.args)
     split = data.Split(task.dev, model.tokenizer, 128, "cpu")
     values = train.evaluate(model, split, task.metric)
     tolerance = 1e-5 if precision == "float32" else 0.01  # a loaded run is in float32

@@ -8,6 +8,7 @@ import pytest
 import data
 import train
 from data import InputError
+from extras import setup
 
 TASKS = pathlib.Path(__file__).parents[3] / "shared" / "tasks"
 PAIRS = ["id\tsentence1\tlabel\tsentence2", "1\ta\tno\tb", "2\tc\tyes\td"]
@@ -65,7 +66,7 @@ def test_wrong_data_are_refused_with_file_and_line(tmp_path, train_lines, dev_li
 @pytest.mark.parametrize("metric", ["f1", "matthews"])
 def test_a_metric_of_two_classes_comes_beside_accuracy_where_it_is_asked_for(tmp_path, metric):
     args = train.parse_args(["--task", write(tmp_path, PAIRS, PAIRS), "--metric", metric])
-    values = train.read_task(args).metric([0, 1], [0, 1])
+    values = setup.read_task(args).metric([0, 1], [0, 1])
     assert values == {metric: pytest.approx(1), "accuracy": 1}
 
 

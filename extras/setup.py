@@ -1,0 +1,73 @@
+"""What a run needs before it begins: examples, an encoder, and the values of unset flags."""
+
+import os
+
+import torch
+
+import data
+from data import InputError
+from extras import devices
+from extras.checkpoints import find_checkpoint
+from model import load_pretrained
+
+EPOCHS = {"mrpc": 5, "rte": 10, "cola": 5, "sst2": 1, "qnli": 1, "qqp": 1, "mnli": 1}
+
+
+def check_flags(args):
+    """Raise InputError for flags that do not go together."""
+    is_text = args.task in data.GLUE or os.path.isdir(args.task)
+    if args.model == "built-in" and is_text and args.task not in data.BUILT_IN:
+        raise InputError(f"task {args.task} needs --model: a checkpoint folder or a hub id")
+    if args.method == "full" and args.precision == "bfloat16":
+        raise InputError("--precision bfloat16 is of frozen weights, and --method full has none")
+
+
+def read_task(args):
+    """Return the task with the examples and metric that the flags ask for. Raises InputError."""
+    if args.data_dir:
+        args.data_dir = os.path.abspath(args.data_dir)
+    task = data.load_task(args.task, args.data_dir)
+    if args.task not in (*data.BUILT_IN, *data.GLUE):
+        args.task = os.path.abspath(args.task)
+    if args.metric and len(task.labels) != 2:
+        raise InputError(f"--metric {args.metric} is of two classes; there are {len(task.labels)}")
+    if args.metric:
+        metric = data.METRICS[args.metric]
+        task.metric = lambda *both: metric(*both) | data.accuracy(*both)
+    if args.train_limit:
+        order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))
+        task.train = [task.train[i] for i in order[: args.train_limit].sort().values]
+    return data.hold_out(task, args.holdout) if args.holdout else task
+
+
+def read_checkpoint(args):
+    """Return the tokenizer and the encoder of --model. Raises InputError."""
+    folder = find_checkpoint(args.model)
+    encoder = load_pretrained(folder)
+    tokenizer = data.load_tokenizer(folder)
+    if max(tokenizer.vocab.values()) >= encoder.config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has more words than the encoder")
+    tokenizer.second_type = min(tokenizer.second_type, encoder.config.type_vocab_size - 1)
+    if args.model != "built-in" and os.path.isdir(args.model):
+        args.model = os.path.abspath(args.model)
+    args.max_length = min(args.max_length, encoder.max_length)
+    return tokenizer, encoder
+
+
+def place(args, task, model):
+    """Put a model where it trains, and fill in the flags that were left out -> model"""
+    is_built_in = args.model == "built-in"
+    is_full = args.method == "full"
+    device = devices.find_device(args.device)
+    if is_full:
+        args.precision = "float32"
+    args.precision = args.precision or devices.best_precision(device)
+    args.epochs = args.epochs or float(EPOCHS.get(args.task, 4))
+    args.batch_size = min(args.batch_size or (32 if is_built_in else 16), len(task.train))
+    if is_full:
+        args.lr = args.lr or (3e-4 if is_built_in else 5e-5)
+    args.lr = args.lr or (2e-3 if is_built_in else 1e-3)
+    if args.method in ("alora", "adalora"):
+        args.head_warmup = args.warmup_steps = 0  # their first allocation has no score
+    devices.round_frozen(model.encoder, args.precision)
+    return model.to(device)
