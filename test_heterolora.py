@@ -21,7 +21,7 @@ import extras.synflow  # noqa: F401  registers synflow
 import heterolora
 import train
 from data import InputError
-from extras.rank_adamw import hold_off_ranks
+from extras.part_ranks import hold_off_ranks
 from heterolora import SHORTCUTS, TARGETS, HeteroLoRA, LoRA, LoRALinear, inject, set_ranks
 from model import Classifier, Encoder, EncoderConfig
 

@@ -199,7 +199,7 @@ def make_optimizer(args, model, adapters, total):
 
     buys_ranks = args.method == "dynamic" and args.allocator != "greedy"
     if buys_ranks or args.method == "alora":  # ranks come on in modules that are partly on
-        from extras.rank_adamw import RankAdamW
+        from extras.part_ranks import RankAdamW
 
         optimizer = RankAdamW(groups, adapters)
     else:
@@ -224,7 +224,7 @@ def make_search(args, model, adapters, optimizer, total):
 
 def update(model, adapters, optimizer, schedule):
     """Make one step of the optimizer with the gradients as they are. Ranks that are off stay."""
-    from extras.rank_adamw import hold_off_ranks
+    from extras.part_ranks import hold_off_ranks
 
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(trained, CLIP)

@@ -12,7 +12,7 @@ shape end within the budget; and the choice stays the same after its last step.
 
 import torch
 
-from extras.rank_adamw import move_ranks
+from extras.part_ranks import move_ranks
 from heterolora import HeteroLoRA, cost, rank_costs
 
 START = 1.5  # times the budget, at least, is on at the start

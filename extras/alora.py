@@ -19,7 +19,7 @@ import math
 import torch
 
 from extras.allocators import middle_layers
-from extras.rank_adamw import move_ranks
+from extras.part_ranks import move_ranks
 from heterolora import HeteroLoRA, cost, in_eval_mode, rank_costs, set_ranks
 
 SCORE_BATCHES = 2  # at most: 32 examples with the usual 16, as in the paper

@@ -13,7 +13,7 @@ import heterolora
 import train
 from extras import state
 from extras.alora import ALoRA
-from extras.rank_adamw import RankAdamW
+from extras.part_ranks import RankAdamW
 from test_heterolora import loss_fn, make_batches, make_model
 
 BUDGET = 12 * 32  # 12 ranks over the 6 modules q, v of three layers, 16 wide

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from extras.rank_adamw import RankAdamW
+from extras.part_ranks import RankAdamW
 from heterolora import LoRA, set_ranks
 
 LR = 1e-2

@@ -1,9 +1,10 @@
-"""AdamW that counts the steps of every element, for modules of which only some ranks are on.
+"""What modules need of which only some ranks are on: an optimizer that leaves the others alone.
 
+`hold_off_ranks` is enough for ranks that stay off. A rank that comes on late needs `RankAdamW`:
 torch.optim.AdamW has one step count for a parameter, and divides the moments by what they lack
-while the count is small. A rank that comes on late in a module that is partly on would find a high
-count and moments near 0, and its first steps would be about 3 times as long as those of a new
-parameter. With whole modules this cannot happen: one that is off has no gradient, and waits.
+while the count is small. The rank would find a high count and moments near 0, and its first steps
+would be about 3 times as long as those of a new parameter. With whole modules this cannot happen:
+one that is off has no gradient, and waits.
 """
 
 import contextlib
