@@ -111,10 +111,15 @@ def read_results(path):
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-                results[json.dumps(record["flags"], sort_keys=True)] = dict(record["result"])
+                results[as_key(record["flags"])] = dict(record["result"])
             except (ValueError, KeyError, TypeError):
                 warnings.warn(f"{path}, line {number}: not a result; left out", stacklevel=2)
     return results
+
+
+def as_key(flags):
+    """Return flags as text. One that is not set counts as one that there was not yet."""
+    return json.dumps({k: v for k, v in flags.items() if v is not None}, sort_keys=True)
 
 
 def run(spec, flags, path):
@@ -122,7 +127,7 @@ def run(spec, flags, path):
     kept = vars(flags) | {"task": os.path.basename(flags.task), "budget": str(flags.budget)}
     for name in NO_MATTER | UNUSED[flags.method]:
         kept.pop(name, None)
-    key = json.dumps(kept, sort_keys=True)
+    key = as_key(kept)
     done = read_results(path)  # anew: another process may be at the same comparison
     if key in done:
         return done[key]
@@ -182,6 +187,8 @@ def difference(runs, others):
     if runs is others or not differences:
         return ""
     mean, half = paired_difference(differences)
+    if len(differences) == 1:
+        return f"{mean:+.2f}"
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 

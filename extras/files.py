@@ -53,6 +53,26 @@ def new_folder(folder):
         os.rename(whole, folder)
 
 
+def lock(path):
+    """Return a file that nobody else can lock while it is open, or None where there are no locks.
+
+    Raises InputError if another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        folder = os.path.dirname(path)
+        raise InputError(f"{folder}: another process trains this run: wait, or stop it") from None
+    except OSError:  # a file system without locks
+        return None
+    return file
+
+
 def cache_path(*parts):
     """Return a path in the cache: $HETEROLORA_CACHE, else heterolora in the user's cache folder."""
     root = os.environ.get("HETEROLORA_CACHE")

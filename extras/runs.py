@@ -6,6 +6,7 @@ history.jsonl  the search space, then a line for every allocation
 state.pt       everything that changes while the run trains; gone when it has ended
 adapters.pt    what was learned: active ranks and their values, the head, names of the classes
 result.json    the result; when it is there, the run is finished
+lock           empty; locked while a process trains the run
 
 Without a folder (path None) a Run only prints.
 """
@@ -21,8 +22,8 @@ import heterolora
 from data import InputError
 from extras.checkpoints import read_pickle
 from extras.devices import peak_memory_mb
-from extras.files import read_json, write
-from extras.show import changes, grid
+from extras.files import lock, read_json, write
+from extras.show import changes, costs_once, grid
 from extras.state import PLACES, collect_learned, fitting, read_config, run_checksum
 from extras.warm_up import RANK
 
@@ -94,6 +95,7 @@ class Run:
         self.log("config  " + " ".join(f"{name}={value}" for name, value in flags.items()))
         if not self.folder:
             return
+        self.lock = lock(self.path("lock"))  # held while this object, or the process, lives
         if not self.has_state():  # begin anew: what an early end may have left is not of this run
             for name in LOGS:
                 with contextlib.suppress(FileNotFoundError):
@@ -226,22 +228,9 @@ class Run:
             learned = collect_learned(task, model, adapters) | {"run": self.checksum}
             write(self.path("adapters.pt"), lambda file: torch.save(learned, file))
             write(self.path("result.json"), json.dumps(result, indent=1))
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.path("state.pt"))
-
-
-def costs_once(adapters):
-    """Return heterolora.rank_costs, but count what modules share with the first of them only."""
-    costs = {}
-    seen = set()
-    for name, adapter in adapters.items():
-        totals = []
-        for rank in range(adapter.max_rank + 1):
-            own = [p[slices] for p, slices in adapter.active(rank) if p not in seen]
-            totals.append(sum(map(torch.numel, own)))
-        costs[name] = [totals[rank + 1] - totals[rank] for rank in range(adapter.max_rank)]
-        seen.update(parameter for parameter, _ in adapter.active(adapter.max_rank))
-    return costs
+            for name in ("state.pt", "lock"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path(name))
 
 
 def in_words(values):

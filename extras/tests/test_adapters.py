@@ -11,7 +11,7 @@ import data
 import heterolora
 import train
 from extras.adapters import ADAPTERS, LoRAXS, PRoLoRA, TiedLoRA, largest_rank
-from extras.runs import costs_once
+from extras.show import costs_once
 from heterolora import HeteroLoRA, LoRA, inject, set_ranks
 from model import Classifier, Encoder
 from test_heterolora import SMALL, loss_fn, make_batches

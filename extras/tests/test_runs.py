@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import data
+import extras.files
 import extras.runs
 import extras.state
 import heterolora
@@ -208,3 +209,14 @@ def test_another_kind_with_shared_parameters_is_counted_searched_saved_and_resum
     result = json.loads((tmp_path / "cut" / "result.json").read_text())
     assert 0 < result["params_active"] <= 2500
     assert train.load_run(str(tmp_path / "cut")).adapters
+
+
+def test_a_run_that_another_process_trains_is_refused(tmp_path, capsys):
+    assert run(out=tmp_path / "a") == 0
+    os.remove(tmp_path / "a" / "result.json")
+    held = extras.files.lock(tmp_path / "a" / "lock")
+    assert train.main(["--resume", str(tmp_path / "a")]) == 2
+    assert "another process trains this run" in capsys.readouterr().err
+    held.close()
+    assert train.main(["--resume", str(tmp_path / "a")]) == 0
+    assert not (tmp_path / "a" / "lock").exists()

@@ -146,6 +146,12 @@ def test_a_state_of_the_wrong_form_is_refused_and_the_logs_stay(run, capsys, key
     assert (run / "a" / "history.jsonl").read_bytes() == history + b"{}\n"
 
 
+def test_a_negative_count_of_recorded_steps_is_refused(run, capsys):
+    edit(run / "a" / "state.pt", lambda state: state["search"].update(recorded_steps=-1))
+    assert train.main(["--resume", str(run / "a")]) == 2
+    assert "recorded steps is negative" in capsys.readouterr().err
+
+
 def test_a_foreign_state_changes_no_file_outside_the_run(run, tmp_path):
     victim = tmp_path / "victim.txt"
     victim.write_text("precious")
