@@ -31,6 +31,7 @@ from model import Classifier
 METHODS = ("dynamic", "static", "lora", "head", "full")
 NEIGHBOURS = ("alora", "adalora")  # other searches, in extras/
 PRECISIONS = ("float32", "bfloat16")
+INITS = ("random", "gradient")
 
 HEAD_LR = 1e-3  # the head starts from nothing, whatever the adapters do
 WEIGHT_DECAY = 0.01  # on matrices
@@ -46,6 +47,7 @@ SAVE_EVERY = 500  # steps; also at the end of every epoch
 def parse_args(argv=None):
     """Turn a command line into a Namespace. With --resume the flags are those of the saved run."""
     import extras.adapters  # noqa: F401  they register what the paper does not have
+    import extras.alignment  # noqa: F401
     import extras.allocators  # noqa: F401
     import extras.proxies  # noqa: F401
 
@@ -74,6 +76,7 @@ def parse_args(argv=None):
     add("--alpha", type=positive, default=16.0, help="scale is alpha / rank (16)")
     add("--shortcut-alpha", type=positive, default=4.0, help="the same for shortcuts (4)")
     add("--adapter", choices=heterolora.ADAPTERS, default="lora", help="see extras/adapters.py")
+    add("--init", choices=INITS, help="of A: a random draw, or along the gradient (random)")
     add("--proxy", choices=heterolora.PROXIES, default="grad-norm")
     add("--allocator", choices=heterolora.ALLOCATORS, default="greedy")
     add("--realloc-every", type=positive, default=0.2, help="epochs between allocations (0.2)")
@@ -180,7 +183,8 @@ def evaluate(model, split, metric):
     loss /= len(split.labels)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss on the dev set is {loss}")
-    return metric(predictions, split.labels) | {"loss": loss}
+    right = data.which_are_right(predictions, split.labels)
+    return metric(predictions, split.labels) | {"loss": loss, "right": right}
 
 
 def make_optimizer(args, model, adapters, total):
@@ -207,21 +211,6 @@ def make_optimizer(args, model, adapters, total):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def make_search(args, model, adapters, optimizer, total):
-    """Return the search of the method. The others have none: None."""
-    common = (model, adapters, int(args.budget or 0), loss_fn)
-    if args.method in ("static", "dynamic"):
-        return heterolora.HeteroLoRA(*common, args.proxy, args.allocator, args.seed)
-    if args.method == "alora":
-        from extras.alora import ALoRA
-
-        return ALoRA(*common, seed=args.seed).follow(optimizer)
-    if args.method == "adalora":
-        from extras.adalora import AdaLoRA
-
-        return AdaLoRA(*common, seed=args.seed).follow(optimizer, total)
-
-
 def update(model, adapters, optimizer, schedule):
     """Make one step of the optimizer with the gradients as they are. Ranks that are off stay."""
     from extras.part_ranks import hold_off_ranks
@@ -243,8 +232,9 @@ def train(args):
     Raises InputError for bad input before any training, FloatingPointError if the loss is not
     finite, and KeyboardInterrupt after Ctrl-C, when the state has been saved.
     """
-    from extras import fast_cpu, runs
+    from extras import fast_cpu, runs, setup
     from extras.allocators import plain_lora
+    from extras.gradient_start import start_along_gradients
     from extras.state import Progress, State, StopSignal, data_checksum
     from extras.warm_up import warmed_up
 
@@ -266,7 +256,13 @@ def train(args):
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total = min(math.ceil(args.epochs * steps_per_epoch - 1e-6), args.max_steps or math.inf)
     optimizer, schedule = make_optimizer(args, model, adapters, total)
-    search = make_search(args, model, adapters, optimizer, total)
+    search = None
+    if args.method in ("static", "dynamic"):
+        search = heterolora.HeteroLoRA(
+            model, adapters, budget, loss_fn, args.proxy, args.allocator, args.seed
+        )
+    if args.method in NEIGHBOURS:
+        search = setup.neighbour(args, model, adapters, loss_fn, optimizer, total)
     data_order = generator(args.seed, "data order")
     probing = generator(args.seed, "probing")
     progress = Progress()
@@ -288,6 +284,8 @@ def train(args):
         elif adapters:
             heterolora.set_ranks(adapters, plain_lora(adapters, args.allocator, budget))
             run.log(f"lora    {heterolora.cost(adapters):,} parameters are on")
+        if args.init == "gradient" and progress.step == 0:
+            start_along_gradients(args, model, adapters, train_set)
         run.log_grid(adapters)
         model.train()
         if progress.step == 0:

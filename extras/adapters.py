@@ -240,6 +240,8 @@ def choose_kind(args, encoder, targets):
     if args.adapter in TIED and args.method in ("static", "dynamic"):
         reason = f"modules of {args.adapter} share A and B, and cannot be bought one by one"
         raise InputError(f"--method {args.method}: {reason}: use --method lora")
+    if args.init == "gradient" and args.adapter != "lora":
+        raise InputError(f"--init gradient is for LoRA, and not for --adapter {args.adapter}")
     kind = ADAPTERS[args.adapter]
     if args.rank is None and re.fullmatch(r"[\d,]+", str(args.budget)):
         budget = int(str(args.budget).replace(",", ""))

@@ -1,5 +1,6 @@
 """Allocation rules beside the paper's, registered on import: baselines and variants of greedy."""
 
+import warnings
 from operator import itemgetter
 
 import torch
@@ -10,6 +11,22 @@ from heterolora import ALLOCATORS, SHORTCUTS, allocator, cost, greedy, rank_cost
 def price_of(costs, ranks):
     """Return the parameters of an allocation {name: rank}."""
     return sum(sum(costs[name][:rank]) for name, rank in ranks.items())
+
+
+def is_shortcut(name):
+    """Tell whether a module is a connection, from its name."""
+    return name.split(".")[-1] in SHORTCUTS
+
+
+def total(score):
+    """Return a module's score as one number: a list counts as its sum."""
+    return sum(score) if isinstance(score, list) else score
+
+
+def shuffled(scores, generator):
+    """Return the names in random order."""
+    names = list(scores)
+    return [names[i] for i in torch.randperm(len(names), generator=generator)]
 
 
 @allocator("uniform")
@@ -104,6 +121,37 @@ def greedy_ranks(scores, costs, budget, generator):
     return ranks
 
 
+@allocator("breadth")
+def breadth(scores, costs, budget, generator):
+    """Buy a rank for every module, best score first, then a second one, and so on, while it fits.
+
+    Linears come before shortcuts. Equal scores come in random order.
+    """
+    names = shuffled(scores, generator)
+    names.sort(key=lambda name: total(scores[name]), reverse=True)
+    linears = [name for name in names if not is_shortcut(name)]
+    shortcuts = [name for name in names if is_shortcut(name)]
+    return in_rounds(costs, budget, [linears, shortcuts])
+
+
+@allocator("within-layer")
+def within_layer(scores, costs, budget, generator):
+    """Take whole modules as greedy does, after every layer's scores are divided by their mean."""
+    shares = {}
+    for names in layers_of(scores):
+        mean = sum(abs(total(scores[name])) for name in names) / len(names)
+        for name in names:
+            shares[name] = total(scores[name]) / mean if mean else 0.0
+    return greedy(shares, costs, budget, generator)
+
+
+@allocator("random-linears")
+def random_linears(scores, costs, budget, generator):
+    """Take whole linears at random, while they fit: a control that leaves shortcuts out."""
+    ties = {name: 1.0 for name in scores if not is_shortcut(name)}
+    return dict.fromkeys(scores, 0) | greedy(ties, costs, budget, generator)
+
+
 @allocator("greedy-separated")
 def greedy_separated(scores, costs, budget, generator):
     """Let LoRA modules and shortcuts compete apart, each for its share of the search space.
@@ -113,7 +161,7 @@ def greedy_separated(scores, costs, budget, generator):
     shortcuts = {}  # name -> score
     others = {}
     for name, score in scores.items():
-        if name.split(".")[-1] in SHORTCUTS:
+        if is_shortcut(name):
             shortcuts[name] = score
         else:
             others[name] = score
@@ -133,7 +181,7 @@ def plain_lora(adapters, allocator, budget):
     """Return the ranks of the baseline: the same everywhere, or by layers. Shortcuts stay off."""
     linears = dict(adapters)
     for name in adapters:
-        if name.split(".")[-1] in SHORTCUTS:
+        if is_shortcut(name):
             del linears[name]
     if allocator.endswith("-layers"):
         return ALLOCATORS[allocator]({}, rank_costs(linears), budget, None)
@@ -142,4 +190,8 @@ def plain_lora(adapters, allocator, budget):
         ranks = dict.fromkeys(linears, rank)
         if cost(linears, ranks) <= budget:
             return ranks
+    advice = "raise --budget, or let --allocator middle-layers choose some layers"
+    warnings.warn(
+        f"{budget:,} parameters are less than one rank everywhere: {advice}", stacklevel=2
+    )
     return {}

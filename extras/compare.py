@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import train
 from data import InputError
 from extras.evidence import paired_difference
 from extras.flags import number
+from extras.show import jaccard
 from heterolora import ALLOCATORS, PROXIES
 
 TUNING_SEEDS = 2  # so many seeds choose among several learning rates,
@@ -39,7 +41,7 @@ SHARED = {"task", "metric", "train_limit", "holdout", "model", "method", "budget
 SHARED |= NO_MATTER
 SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_steps"}
 SPACE = {"budget", "targets", "shortcuts", "rank", "alpha", "shortcut_alpha", "adapter"}
-SPACE |= {"allocator"}
+SPACE |= {"allocator", "init"}
 UNUSED = {"dynamic": set(), "static": {"realloc_every"}, "lora": SEARCH}
 UNUSED |= {"alora": SEARCH - {"realloc_every"} | {"allocator"}, "adalora": SEARCH | {"allocator"}}
 UNUSED |= {"full": SEARCH | SPACE, "head": SEARCH | SPACE | {"lr"}}
@@ -192,14 +194,21 @@ def difference(runs, others):
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
+def overlap(runs):
+    """Return the mean Jaccard index of the modules that are on, over pairs of seeds, "" for one."""
+    pairs = itertools.combinations([result["ranks"] for result in runs], 2)
+    values = [jaccard(ranks, others) for ranks, others in pairs]
+    return f"{statistics.mean(values):.2f}" if values else ""
+
+
 def table(contenders, results):
     """Return a Markdown table of {contender: its results, in the order of the seeds}.
 
     A difference is over the seeds at which both ended, with a 95 % interval of Student's t.
     """
     first = next(iter(results.values()))
-    head = "contender | lr | n | last | best | parameters | minus the first [95 %] | seconds"
-    lines = [f"| {head} |", "|---|---|---|---|---|---|---|---|"]
+    head = "contender | lr | n | last | best | parameters | ever trained | overlap of seeds"
+    lines = [f"| {head} | minus the first [95 %] | seconds |", "|---" * 10 + "|"]
     for spec, runs in results.items():
         ended = [result for result in runs if "failed" not in result]
         row = [f"`{spec}`", f"{contenders[spec].lr:g}", f"{len(ended)} of {len(runs)}"]
@@ -208,9 +217,11 @@ def table(contenders, results):
             row.append(in_percent([result["last"] for result in ended]))
             row.append(in_percent([result["best"] for result in ended]))
             row.append(f"{max(result['params_active'] for result in ended):,}")
+            row.append(f"{max(result['params_ever_trained'] for result in ended):,}")
+            row.append(overlap(ended))
             row.append(difference(runs, first))
             row.append(f"{statistics.mean(seconds):.0f}")
-        row += [""] * (8 - len(row))
+        row += [""] * (10 - len(row))
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from data import InputError
 # Flags that a label leaves out at these values: they are what the paper does.
 USUAL = {"allocator": "greedy", "granularity": "module", "probe_batches": "8", "warmup_steps": "0"}
 
-Run = collections.namedtuple("Run", "flags seed score parameters")  # score: metric times 100
+Run = collections.namedtuple("Run", "flags seed score parameters ever")  # score: metric times 100
 
 
 def student_t(p, freedom):
@@ -71,7 +71,8 @@ def read_runs(path):
                 flags = {flag: as_text(value) for flag, value in record["flags"].items()}
                 seed = flags.pop("seed")
                 score = 100 * result["last"]  # after the last epoch
-                runs.append(Run(flags, seed, score, result["params_active"]))
+                ever = result["params_ever_trained"]
+                runs.append(Run(flags, seed, score, result["params_active"], ever))
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}, line {max(lines, 1)}, is no finished run: {error}") from None
     return runs
@@ -109,13 +110,14 @@ def row(label, seeds, baseline):
     if len(scores) > 1:
         mean += f" ± {statistics.stdev(scores):.2f}"
     parameters = max(run.parameters for run in seeds.values())
+    ever = max(run.ever for run in seeds.values())
     shared = seeds.keys() & baseline.keys()
     gain = ""
     if len(shared) > 1 and seeds is not baseline:
         differences = [seeds[seed].score - baseline[seed].score for seed in shared]
         center, half = paired_difference(differences)
         gain = f"{center:+.2f} [{center - half:+.2f}, {center + half:+.2f}], n = {len(shared)}"
-    return f"| `{label}` | {len(scores)} | {mean} | {parameters:,} | {gain} |"
+    return f"| `{label}` | {len(scores)} | {mean} | {parameters:,} | {ever:,} | {gain} |"
 
 
 def table(groups, baseline=None):
@@ -124,8 +126,8 @@ def table(groups, baseline=None):
     baseline = baseline or labels[0]
     if baseline not in groups:
         raise InputError(f"--baseline {baseline!r} is not a row; leave it out to see the rows")
-    lines = [f"| method | n | mean ± sd | parameters | minus `{baseline}` [95 %] |"]
-    lines.append("|---|---|---|---|---|")
+    head = "method | n | mean ± sd | parameters | ever trained"
+    lines = [f"| {head} | minus `{baseline}` [95 %] |", "|---|---|---|---|---|---|"]
     for label in labels:
         lines.append(row(label, groups[label], groups[baseline]))
     return "\n".join(lines)

@@ -234,8 +234,9 @@ class Run:
 
 
 def in_words(values):
-    """Turn {"accuracy": 0.5, ...} into "accuracy 0.5000 | ..."."""
-    return " | ".join(f"{name} {value:.4f}" for name, value in values.items())
+    """Turn {"accuracy": 0.5, ...} into "accuracy 0.5000 | ...". Text is left out."""
+    numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+    return " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
 
 
 def summarise(args, model, adapters, search, progress, device):

@@ -71,3 +71,14 @@ def place(args, task, model):
         args.head_warmup = args.warmup_steps = 0  # their first allocation has no score
     devices.round_frozen(model.encoder, args.precision)
     return model.to(device)
+
+
+def neighbour(args, model, adapters, loss_fn, optimizer, total):
+    """Return the search of --method alora or adalora, tied to an optimizer of `total` steps."""
+    from extras.adalora import AdaLoRA
+    from extras.alora import ALoRA
+
+    common = (model, adapters, int(args.budget), loss_fn)
+    if args.method == "alora":
+        return ALoRA(*common, seed=args.seed).follow(optimizer)
+    return AdaLoRA(*common, seed=args.seed).follow(optimizer, total)

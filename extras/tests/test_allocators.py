@@ -48,7 +48,7 @@ def test_no_rule_spends_more_than_the_budget(name):
             assert 0 <= ranks[module] <= len(prices)
 
 
-@pytest.mark.parametrize("name", sorted(ALLOCATORS))
+@pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"random-linears"}))
 def test_the_whole_budget_buys_everything(name):
     scores, costs, _ = random_input(0)
     ranks = allocate(name, scores, costs, sum(map(sum, costs.values())))
@@ -134,3 +134,34 @@ def test_what_both_shares_leave_over_is_spent():
         left = budget - total(costs, ranks)
         for name, rank in ranks.items():
             assert rank > 0 or sum(costs[name]) > left
+
+
+def test_breadth_buys_one_rank_for_everybody_before_a_second_and_linears_first():
+    scores = {"0.q": 1.0, "0.v": [2.0, 1.0], "0.residual_attn": 9.0}
+    costs = {name: [2, 2] for name in scores}
+    bought = []
+    for budget in range(2, 13, 2):
+        bought.append(allocate("breadth", scores, costs, budget))
+    assert [tuple(ranks[name] for name in scores) for ranks in bought] == [
+        (0, 1, 0),
+        (1, 1, 0),
+        (1, 1, 1),
+        (1, 2, 1),
+        (2, 2, 1),
+        (2, 2, 2),
+    ]
+
+
+def test_within_layer_a_layer_with_large_scores_does_not_take_everything():
+    scores = {"0.q": 1.0, "0.v": 3.0, "1.q": 100.0, "1.v": 110.0}
+    costs = {name: [1] for name in scores}
+    assert allocate("within-layer", scores, costs, 2) == {"0.q": 0, "0.v": 1, "1.q": 0, "1.v": 1}
+    assert allocate("greedy", scores, costs, 2) == {"0.q": 0, "0.v": 0, "1.q": 1, "1.v": 1}
+
+
+def test_random_linears_never_draws_a_shortcut_and_does_not_look_at_the_scores():
+    scores = {"0.q": 0.0, "0.v": 9.0, "0.shortcut_ffn": 99.0}
+    costs = {name: [1, 1] for name in scores}
+    draws = [allocate("random-linears", scores, costs, 2, seed) for seed in range(30)]
+    assert {ranks["0.shortcut_ffn"] for ranks in draws} == {0}
+    assert {ranks["0.q"] for ranks in draws} == {0, 2}

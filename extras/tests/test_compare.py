@@ -38,6 +38,9 @@ def runs(monkeypatch, tmp_path):
             raise FloatingPointError("the loss is nan")
         last = 0.5 + 0.1 * flags.seed - flags.lr / 100 + (flags.method == "lora") * 0.01
         result = {"metric": "accuracy", "last": last, "best": last + 0.1, "params_active": 900}
+        # Two of three modules are on, not the same ones for seeds that are odd.
+        ranks = {"a": 1, "b": flags.seed % 2, "c": 1 - flags.seed % 2}
+        result |= {"params_ever_trained": 1100, "ranks": ranks}
         return result | {"train_seconds": 3.0, "search_seconds": 1.0}
 
     monkeypatch.setattr(train, "prepare", prepare)
@@ -66,8 +69,10 @@ def test_the_table_has_means_spreads_and_the_paired_difference(runs, capsys):
     compare.main(["head", "lora"])
     table = rows(capsys)
     spread = f"± {100 * statistics.stdev([0.5, 0.6, 0.7]):.2f}"
-    assert table["head"] == ["0.5", "3 of 3", f"59.50 {spread}", f"69.50 {spread}", "900", "", "4"]
-    assert table["lora"][5] == "+1.00 [+1.00, +1.00]"
+    scores = [f"59.50 {spread}", f"69.50 {spread}"]
+    overlap = f"{(1 + 1 / 3 + 1 / 3) / 3:.2f}"
+    assert table["head"] == ["0.5", "3 of 3", *scores, "900", "1,100", overlap, "", "4"]
+    assert table["lora"][7] == "+1.00 [+1.00, +1.00]"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,7 @@ def test_each_contender_chooses_its_learning_rate_on_held_out_examples(runs, cap
 def test_a_run_that_diverges_is_counted_and_kept(runs, capsys):
     compare.main(["lora", "dynamic:lr=8"])
     compare.main(["lora", "dynamic:lr=8"])
-    assert rows(capsys)["dynamic:lr=8"] == ["8", "0 of 3", "", "", "", "", ""]
+    assert rows(capsys)["dynamic:lr=8"] == ["8", "0 of 3"] + [""] * 7
     assert len(runs) == 6
 
 

@@ -13,13 +13,14 @@ import pytest
 from extras import evidence, figure
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
+PARAMETERS = {"params_active": 3072, "params_ever_trained": 4096}
 EVIDENCE = str(DOCS / "evidence.jsonl.gz")
 
 
 def line(seed, last, **flags):
     """Return a line of a file of runs."""
     flags = {"task": "mrpc", "holdout": None, "method": "lora", "seed": seed} | flags
-    return json.dumps({"flags": flags, "result": {"last": last, "params_active": 3072}}) + "\n"
+    return json.dumps({"flags": flags, "result": {"last": last} | PARAMETERS}) + "\n"
 
 
 @pytest.fixture
@@ -68,8 +69,8 @@ def test_a_difference_is_over_the_seeds_that_both_rows_have(show):
     lines += [line(seed, last, method="head") for seed, last in enumerate([0.71, 0.73, 0.78])]
     table = show(lines)
     # 71 - 70, 73 - 71, 78 - 75: mean 2, half width 2.48. Seed 7 has no partner.
-    assert "| `head` | 3 | 74.00 ± 3.61 | 3,072 | +2.00 [-0.48, +4.48], n = 3 |" in table
-    assert "| `lora` | 4 | 56.50 ± 31.08 | 3,072 |  |" in table
+    assert "| `head` | 3 | 74.00 ± 3.61 | 3,072 | 4,096 | +2.00 [-0.48, +4.48], n = 3 |" in table
+    assert "| `lora` | 4 | 56.50 ± 31.08 | 3,072 | 4,096 |  |" in table
 
 
 def test_a_label_names_what_differs_and_leaves_out_what_is_usual(show):
@@ -162,7 +163,7 @@ def test_the_picture_is_the_one_that_the_evidence_gives(tmp_path):
 
 
 def test_the_picture_shows_mean_and_interval_by_budget():
-    runs = [evidence.Run({"budget": "3072"}, seed, 70.0 + seed, 0) for seed in (1, 2, 3)]
-    runs += [evidence.Run({"budget": "1536"}, seed, 60.0, 0) for seed in (1, 2)]
+    runs = [evidence.Run({"budget": "3072"}, seed, 70.0 + seed, 0, 0) for seed in (1, 2, 3)]
+    runs += [evidence.Run({"budget": "1536"}, seed, 60.0, 0, 0) for seed in (1, 2)]
     assert figure.points(runs)[0] == (1536, 60, 0)
     assert figure.points(runs)[1] == pytest.approx((3072, 72, 2.4841), abs=1e-3)

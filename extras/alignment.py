@@ -1,0 +1,92 @@
+"""Scores from the inputs and weights of linears alone: no labels, no gradients. PLoP's measure.
+
+PLoP (Hayou et al. 2025, arXiv 2506.20629) calls it the normalised feature norm. For an input z it
+is |W z| / |W z'| with a Gaussian z' as long as z:
+
+    NFN(z) = sqrt(d_in) |W z| / (|W|_F |z|)
+
+It is about 1 for random weights, and more where W is made for its inputs. The linears with the
+lowest NFN are adapted. PLoP averages over all linears of a type; a number for each is our change.
+"""
+
+import contextlib
+import inspect
+
+import torch
+import torch.nn.functional as F
+
+from heterolora import LoRALinear, proxy
+
+
+@contextlib.contextmanager
+def real_tokens(model):
+    """Give a function that returns the attention mask of the pass under way, (B, T), or None."""
+    masks = [None]
+    signature = inspect.signature(model.forward)
+
+    def remember(module, args, kwargs):
+        masks[0] = signature.bind(*args, **kwargs).arguments.get("attention_mask")
+
+    hook = model.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        yield lambda: masks[0]
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def feature_norms(model, batches, loss_fn):
+    """Return {adapter: mean NFN over the real tokens of all batches}, of linears."""
+    totals = {}
+    counts = {}
+
+    def measure(module, inputs, y):
+        """Add the NFN of a linear's inputs."""
+        x = inputs[0].float()  # (B, T, d_in)
+        mask = mask_now()
+        if mask is not None and mask.shape == x.shape[:-1]:
+            x = x[mask.bool()]  # (tokens, d_in)
+        W = module.weight.float()
+        norms = F.linear(x, W).norm(dim=-1) / (W.norm() * x.norm(dim=-1))  # (tokens,)
+        total = W.shape[1] ** 0.5 * norms.double().sum().item()
+        totals[module.adapter] = totals.get(module.adapter, 0.0) + total
+        counts[module.adapter] = counts.get(module.adapter, 0) + norms.numel()
+
+    linears = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    hooks = [linear.register_forward_hook(measure) for linear in linears]
+    try:
+        with real_tokens(model) as mask_now:
+            for batch in batches:
+                loss_fn(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {adapter: totals[adapter] / counts[adapter] for adapter in totals}
+
+
+@proxy("misalignment", measure=None)
+def misalignment(model, adapters, batches, loss_fn):
+    """NFN: the opposite of PLoP's choice, and its own control.
+
+    For a connection it is 1, its value for a residual before any training, W = I.
+    """
+    norms = feature_norms(model, batches, loss_fn)
+    return {name: norms.get(adapter, 1.0) for name, adapter in adapters.items()}
+
+
+@proxy("alignment", measure=None)
+def alignment(model, adapters, batches, loss_fn):
+    """-NFN of every module."""
+    scores = misalignment(model, adapters, batches, loss_fn)
+    return {name: -score for name, score in scores.items()}
+
+
+@proxy("alignment-by-type", measure=None)
+def alignment_by_type(model, adapters, batches, loss_fn):
+    """-NFN, the mean of all modules of a type: PLoP as published."""
+    by_type = {}
+    scores = alignment(model, adapters, batches, loss_fn)
+    for name, score in scores.items():
+        by_type.setdefault(name.split(".")[-1], []).append(score)
+    means = {last: sum(values) / len(values) for last, values in by_type.items()}
+    return {name: means[name.split(".")[-1]] for name in scores}

@@ -1,0 +1,61 @@
+"""Claims about --init gradient."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from extras.gradient_start import gradient_rows
+from heterolora import set_ranks
+from test_heterolora import loss_fn, make_batches, make_model, run
+
+
+def test_A_takes_the_first_right_singular_vectors_of_the_gradient_at_its_usual_length():
+    model, adapters = make_model(["v"], [], trained=False)
+    set_ranks(adapters, {"layers.1.v": 2, "layers.2.v": 3})
+    batches = make_batches()
+    rows = gradient_rows(model, adapters, batches, loss_fn)
+    assert set(rows) == {adapters["layers.1.v"], adapters["layers.2.v"]}
+    host = model.encoder.layers[1].v.host
+    host.weight.requires_grad_(True)
+    loss = sum(loss_fn(model, batch) for batch in batches) / 2
+    (G,) = torch.autograd.grad(loss, host.weight)
+    _, _, Vh = torch.linalg.svd(G)
+    adapter = adapters["layers.1.v"]
+    for k, row in enumerate(rows[adapter]):
+        assert abs(torch.cosine_similarity(row, Vh[k], dim=0)) == pytest.approx(1, abs=1e-4)
+        assert row.norm().item() == pytest.approx(adapter.A[k].norm().item(), rel=1e-5)
+
+
+def test_no_other_A_of_the_same_length_gives_B_a_larger_gradient():
+    model, adapters = make_model(["v"], [], rank=1, trained=False)
+    batches = make_batches()
+    adapter = adapters["layers.1.v"]
+    rows = gradient_rows(model, adapters, batches, loss_fn)[adapter]
+    length = rows.norm()
+    norms = []
+    directions = [torch.randn(16, generator=torch.Generator().manual_seed(i)) for i in range(30)]
+    for direction in [rows[0], *directions]:
+        adapter.A.data[0] = direction / direction.norm() * length
+        loss = sum(loss_fn(model, batch) for batch in batches) / 2
+        (gradient,) = torch.autograd.grad(loss, adapter.B)
+        norms.append(gradient.norm().item())
+    assert norms[0] == max(norms)
+
+
+@pytest.mark.parametrize("method", ["lora", "static", "dynamic", "alora"])
+def test_every_method_takes_it(tmp_path, method):
+    losses = []
+    for init in ("random", "gradient"):
+        flags = ["--method", method, "--init", init, "--budget", "6000", "--shortcuts", "none"]
+        assert run(*flags, out=tmp_path / init) == 0
+        result = json.loads((tmp_path / init / "result.json").read_text())
+        losses.append(result["dev"]["loss"])
+        assert 0 < result["params_active"] <= 6000
+    assert losses[0] != losses[1]
+
+
+def test_another_kind_than_lora_is_refused(capsys):
+    assert train.main(["--method", "lora", "--adapter", "xs", "--init", "gradient"]) == 2
+    assert "--init gradient is for LoRA" in capsys.readouterr().err
