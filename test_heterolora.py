@@ -678,6 +678,13 @@ def test_metrics_are_those_of_the_confusion_matrix():
     assert data.matthews([1, 1], [1, 0]) == {"matthews": 0}
 
 
+def test_which_examples_are_right_is_kept_as_a_bit_each():
+    bits = "1101 0111 1000 0000"  # nine examples, filled up with zeros
+    predictions, labels = [1, 0, 2, 0, 0, 1, 1, 1, 2], [1, 0, 0, 0, 1, 1, 1, 1, 2]
+    digits = "".join(f"{int(four, 2):x}" for four in bits.split())
+    assert data.which_are_right(predictions, labels) == digits
+
+
 def test_an_epoch_has_every_example_once_and_batches_of_similar_length():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 60, (1000,), generator=generator).tolist()

@@ -38,7 +38,8 @@ def test_evaluate_gives_the_metric_of_the_run_also_for_another_task(tmp_path):
     flags = ["--train-limit", "64", "--max-steps", "1", "--metric", "matthews", "--out", folder]
     flags += ["--head-warmup", "8", "--precision", "float32"]
     assert train.main(flags) == 0
-    assert list(evaluate.evaluate_run(folder, "paraphrase")) == ["matthews", "accuracy", "loss"]
+    values = evaluate.evaluate_run(folder, "paraphrase")
+    assert list(values) == ["matthews", "accuracy", "loss", "right"]
 
 
 def test_evaluate_refuses_a_task_of_another_form(run, capsys):
