@@ -69,7 +69,8 @@ class TiedLoRA(Adapter):
         """Take A and B from the first module of the same type and shape."""
         for other_name, other in adapters.items():
             is_same_type = other_name.split(".")[-1] == name.split(".")[-1]
-            if is_same_type and (other.A.shape, other.B.shape) == (self.A.shape, self.B.shape):
+            is_same_shape = (other.d_in, other.d_out) == (self.d_in, self.d_out)
+            if is_same_type and is_same_shape:
                 self.A = other.A
                 self.B = other.B
                 return
@@ -88,9 +89,12 @@ class TiedLoRA(Adapter):
     def forward(self, x, rank=None):
         """x (..., d_in) -> dW x (..., d_out)"""
         rank = self.rank if rank is None else rank
-        A, u = self.A[:rank].to(x.dtype), self.u[:rank].to(x.dtype)
-        B, v = self.B[:, :rank].to(x.dtype), self.v.to(x.dtype)
-        return F.linear(F.linear(x, A) * u * self.scale, B) * v
+        A = self.A[:rank].to(x.dtype)
+        B = self.B[:, :rank].to(x.dtype)
+        u = self.u[:rank].to(x.dtype)
+        v = self.v.to(x.dtype)
+        z = F.linear(x, A) * u  # (..., r)
+        return F.linear(z * self.scale, B) * v
 
 
 class PRoLoRA(Adapter):
@@ -136,7 +140,8 @@ class PRoLoRA(Adapter):
         A, B, own_A, own_B = [parameter[slices] for parameter, slices in self.active(rank)]
         A = torch.cat([self.repeat(A, self.d_in, 0), own_A])  # (r, d_in)
         B = torch.cat([self.repeat(B, self.d_out, 1), own_B], 1)  # (d_out, r)
-        return F.linear(F.linear(x, A.to(x.dtype)) * self.scale, B.to(x.dtype))
+        z = F.linear(x, A.to(x.dtype))  # (..., r)
+        return F.linear(z * self.scale, B.to(x.dtype))
 
 
 class LoRAXS(Adapter):
@@ -170,9 +175,11 @@ class LoRAXS(Adapter):
     def forward(self, x, rank=None):
         """x (..., d_in) -> dW x (..., d_out)"""
         rank = self.rank if rank is None else rank
-        A, B = self.A[:rank].to(x.dtype), self.B[:, :rank].to(x.dtype)
+        A = self.A[:rank].to(x.dtype)
+        B = self.B[:, :rank].to(x.dtype)
         R = self.R[:rank, :rank].to(x.dtype)
-        return F.linear(F.linear(F.linear(x, A), R) * self.scale, B)
+        z = F.linear(F.linear(x, A), R)  # (..., r)
+        return F.linear(z * self.scale, B)
 
 
 class SVDLoRA(Adapter):
@@ -196,8 +203,11 @@ class SVDLoRA(Adapter):
     def forward(self, x, rank=None):
         """x (..., d_in) -> dW x (..., d_out)"""
         rank = self.rank if rank is None else rank
-        A, B = self.A[:rank].to(x.dtype), self.B[:, :rank].to(x.dtype)
-        return F.linear(F.linear(x, A) * self.E[:rank].to(x.dtype) * self.scale, B)
+        A = self.A[:rank].to(x.dtype)
+        B = self.B[:, :rank].to(x.dtype)
+        E = self.E[:rank].to(x.dtype)
+        z = F.linear(x, A) * E  # (..., r)
+        return F.linear(z * self.scale, B)
 
 
 ADAPTERS["tied"] = TiedLoRA
@@ -226,31 +236,44 @@ def largest_rank(encoder, targets, kind, budget):
 
 
 def choose_kind(args, encoder, targets):
-    """Return the class of --adapter, and fill in a --rank that was left out. Raises InputError.
+    """Return the class of --adapter, and fill in a --rank that was left out. Raises InputError."""
+    check_kind(args)
+    kind = ADAPTERS[args.adapter]
+    if args.rank is None:
+        args.rank = usual_rank(args, encoder, targets, kind)
+    return kind
 
-    With --method adalora the rank is the first one that costs extras.adalora.START times the
-    budget. With --method lora it is the largest that fits, for other kinds than LoRA. Both only for
-    a budget in parameters: a share is one of a search space whose rank is known. Else it is 8.
-    """
-    own_kind = {"alora": "lora", "adalora": "svd"}.get(args.method)
+
+def check_kind(args):
+    """Raise InputError if --adapter does not go with the other flags."""
     if args.method == "adalora" and args.adapter == "lora":
-        args.adapter = own_kind
-    if own_kind and args.adapter != own_kind:
+        args.adapter = "svd"
+    own_kind = {"alora": "lora", "adalora": "svd"}.get(args.method, args.adapter)
+    if args.adapter != own_kind:
         raise InputError(f"--method {args.method} has its own adapters: leave --adapter out")
     if args.adapter in TIED and args.method in ("static", "dynamic"):
         reason = f"modules of {args.adapter} share A and B, and cannot be bought one by one"
         raise InputError(f"--method {args.method}: {reason}: use --method lora")
     if args.init == "gradient" and args.adapter != "lora":
         raise InputError(f"--init gradient is for LoRA, and not for --adapter {args.adapter}")
-    kind = ADAPTERS[args.adapter]
-    if args.rank is None and re.fullmatch(r"[\d,]+", str(args.budget)):
-        budget = int(str(args.budget).replace(",", ""))
-        if args.method == "adalora":
-            args.rank = largest_rank(encoder, targets, kind, START * budget - 1) + 1
-        if args.method == "lora" and args.adapter != "lora":
-            args.rank = largest_rank(encoder, targets, kind, budget)
-            if args.rank == 0:
-                raise InputError(f"--budget {budget:,} is less than rank 1 of {args.adapter} costs")
-            args.budget = budget  # a number, not text: with what is left over nothing can be bought
-    args.rank = args.rank or 8
-    return kind
+
+
+def usual_rank(args, encoder, targets, kind):
+    """Return the rank if no --rank was given: 8, or what a budget in parameters allows.
+
+    With --method adalora it is the first rank that costs extras.adalora.START times the budget.
+    With --method lora it is the largest one that fits, for other kinds than LoRA. (A budget that is
+    a share needs a search space, and so a rank.)
+    """
+    if not re.fullmatch(r"[\d,]+", str(args.budget)):
+        return 8
+    budget = int(str(args.budget).replace(",", ""))
+    if args.method == "adalora":
+        return largest_rank(encoder, targets, kind, START * budget - 1) + 1
+    if args.method != "lora" or args.adapter == "lora":
+        return 8
+    rank = largest_rank(encoder, targets, kind, budget)
+    if rank == 0:
+        raise InputError(f"--budget {budget:,} is less than rank 1 of {args.adapter} costs")
+    args.budget = budget  # a number, not text: no more than the search space will be asked for
+    return rank

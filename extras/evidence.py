@@ -20,7 +20,13 @@ import numpy as np
 from data import InputError
 
 # Flags that a label leaves out at these values: they are what the paper does.
-USUAL = {"allocator": "greedy", "granularity": "module", "probe_batches": "8", "warmup_steps": "0"}
+USUAL = {
+    "allocator": "greedy",
+    "adapter": "lora",
+    "granularity": "module",
+    "probe_batches": "8",
+    "warmup_steps": "0",
+}
 
 Run = collections.namedtuple("Run", "flags seed score parameters ever")  # score: metric times 100
 

@@ -153,6 +153,7 @@ def test_a_budget_of_nothing_or_of_everything_is_kept(budget):
 def test_a_run_says_what_it_trained_and_resumes_as_if_it_had_not_stopped(tmp_path, monkeypatch):
     flags = ["--method", "adalora", "--budget", "3000", "--train-limit", "96"]
     flags += ["--max-steps", "12", "--precision", "float32", "--shortcuts", "none"]
+    flags += ["--holdout", "0.2"]
     assert train.main([*flags, "--out", str(tmp_path / "a")]) == 0
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert 2500 < result["params_active"] <= 3000

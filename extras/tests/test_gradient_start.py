@@ -44,12 +44,12 @@ def test_no_other_A_of_the_same_length_gives_B_a_larger_gradient():
     assert norms[0] == max(norms)
 
 
-@pytest.mark.parametrize("method", ["lora", "static", "dynamic", "alora"])
-def test_every_method_takes_it(tmp_path, method):
+@pytest.mark.parametrize("method", ["lora", "dynamic"])
+def test_a_run_starts_from_other_values_with_it(tmp_path, method):
     losses = []
     for init in ("random", "gradient"):
         flags = ["--method", method, "--init", init, "--budget", "6000", "--shortcuts", "none"]
-        assert run(*flags, out=tmp_path / init) == 0
+        assert run(*flags, "--holdout", "0.2", out=tmp_path / init) == 0
         result = json.loads((tmp_path / init / "result.json").read_text())
         losses.append(result["dev"]["loss"])
         assert 0 < result["params_active"] <= 6000
