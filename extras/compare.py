@@ -36,7 +36,7 @@ TUNING_SEEDS = 2  # so many seeds choose among several learning rates,
 TUNING_SHARE = 0.2  # on this share of the training set, which is held out for that
 
 # Flags that change no result, flags that are the same for all, and what a method does not use.
-NO_MATTER = {"data_dir", "device", "out", "resume", "command"}
+NO_MATTER = {"data_dir", "device", "out", "resume", "command", "model"}  # weights: see `checkpoint`
 SHARED = {"task", "metric", "train_limit", "holdout", "model", "method", "budget", "seed"}
 SHARED |= NO_MATTER
 SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_steps"}
