@@ -141,9 +141,11 @@ def build(args, num_labels):
     targets = heterolora.TARGETS if args.targets == ["all"] else args.targets
     shortcuts = heterolora.SHORTCUTS if args.shortcuts == ["all"] else args.shortcuts
     try:
-        kind = choose_kind(args, encoder, targets)
+        kind = choose_kind(args, encoder, targets, shortcuts)
         sizes = (args.rank, args.alpha, args.shortcut_alpha)
         adapters = heterolora.inject(encoder, targets, shortcuts, *sizes, args.seed, kind)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"--targets, --shortcuts, --rank: {error}") from None
     if not adapters:

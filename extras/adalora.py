@@ -2,20 +2,23 @@
 
 AdaLoRA (Zhang et al. 2023, arXiv 2303.10512). Every rank is a triplet: a number E_i, a row of A and
 a column of B. dW = scale * B diag(E) A is kept close to a singular value decomposition by a term
-of the loss. After every step the triplets are scored, and the worst get E_i = 0. They still have
-a gradient, and can come back. How many parameters stay falls along a cubic curve to the budget,
-and FINAL of the steps before the end the choice is final.
+of the loss. (So the logged loss is larger than that of other methods.) After every step the
+triplets are scored, and the worst get E_i = 0. They still have a gradient, and can come back. How
+many parameters stay falls along a cubic curve to the budget. For the last FINAL of the steps the
+choice is final.
 
 What differs from the paper: the schedule counts parameters, not ranks, so that modules of any
-shape end within the budget; and the choice stays the same after its last step.
+shape end within the budget; its ends are shares of the steps; a choice is made after every step;
+and the last one is not made again. It starts with START times the budget or a little more. With a
+--rank, or a budget that is a share, it starts with the whole search space.
 """
 
 import torch
 
 from extras.part_ranks import move_ranks
-from heterolora import HeteroLoRA, cost, rank_costs
+from heterolora import HeteroLoRA, cost, rank_costs, set_ranks
 
-START = 1.5  # times the budget, at least, is on at the start
+START = 1.5  # times the budget is on at the start, or what the next rank makes of it
 INITIAL, FINAL = 0.17, 0.5  # shares of the steps: before the first choice, after the last one
 BETA1 = BETA2 = 0.85  # how slowly the means of sensitivity and of its uncertainty change
 ORTHOGONALITY = 0.1  # weight of that term (gamma)
@@ -24,12 +27,13 @@ ORTHOGONALITY = 0.1  # weight of that term (gamma)
 class AdaLoRA(HeteroLoRA):
     """The search of AdaLoRA, over adapters of kind "svd". `follow` ties it to an optimizer.
 
-    `recorded` holds for every adapter [mean sensitivity, uncertainty] of E, A and B in turn, and
+    `recorded` holds for every adapter [mean sensitivity, uncertainty] of A, B and E in turn, and
     `recorded_steps` counts the steps, so that they are saved and resumed as those of a score are.
     """
 
     def follow(self, optimizer, total):
         """Work after every step of the optimizer, of which there will be `total` -> self"""
+        self.optimizer = optimizer
         self.first = round(INITIAL * total)
         self.last = total - round(FINAL * total)
         everything = {name: adapter.max_rank for name, adapter in self.adapters.items()}
@@ -39,66 +43,49 @@ class AdaLoRA(HeteroLoRA):
         optimizer.register_step_post_hook(self.after_step)
         return self
 
-    def reallocate(self, batches=None, step=0):
-        """Turn everything on -> the new entry of `history`"""
-        ranks = {name: adapter.max_rank for name, adapter in self.adapters.items()}
-        return self.note(ranks, dict.fromkeys(ranks, 0.0), step)
-
-    def note(self, ranks, scores, step):
-        """Switch an allocation on -> its entry of `history`"""
-        self.switch(ranks)
-        spent = cost(self.adapters, ranks)
-        self.history.append({"step": step, "scores": scores, "ranks": ranks, "parameters": spent})
-        return self.history[-1]
-
     def penalty(self):
         """Return the orthogonality term: the mean of |A A^T - I| and |B^T B - I|, times gamma."""
         distances = []
         for adapter in self.adapters.values():
             if adapter.rank > 0:
-                A, _, B = [parameter[slices] for parameter, slices in adapter.active(adapter.rank)]
+                A, B, _ = [parameter[slices] for parameter, slices in adapter.active(adapter.rank)]
                 identity = torch.eye(adapter.rank, device=A.device)
                 distances += [(A @ A.T - identity).norm(), (B.T @ B - identity).norm()]
         return ORTHOGONALITY * torch.stack(distances).mean() if distances else 0.0
 
     def allowed(self, step):
         """Return how many parameters may be on after a step: all, then fewer, then the budget."""
-        budget = min(self.budget, self.most)
         if step <= self.first:
             return self.most
         if step >= self.last:
-            return budget
+            return self.budget
         left = 1 - (step - self.first) / (self.last - self.first)
-        return int(budget + (self.most - budget) * left**3)
+        return int(self.budget + (self.most - self.budget) * left**3)
 
     @torch.no_grad()
-    def after_step(self, optimizer, *_):
-        """Count a step: update the means, mask triplets, and at the last choice switch them off."""
-        if len(self.history) > 1:  # the last choice was made
+    def after_step(self, optimizer, args, kwargs):
+        """Count a step, update the means, and mask triplets; in the last step, switch them off."""
+        if len(self.history) > 1:  # that was done
             return
         self.recorded_steps += 1
         for adapter in self.adapters.values():
             self.recorded[adapter] = self.sensitivities(adapter)
-        if self.recorded_steps <= self.first:
-            return
-        scores = self.score()
-        kept = self.choose(scores, self.allowed(self.recorded_steps))
-        for name, adapter in self.adapters.items():
-            _, (E, _), _ = adapter.active(adapter.max_rank)
-            dropped = [k for k in range(adapter.max_rank) if k not in kept[name]]
-            E[dropped] = 0
-            if self.recorded_steps >= self.last:
-                move_ranks(adapter, kept[name] + dropped, optimizer)
         if self.recorded_steps >= self.last:
-            ranks = {name: len(chosen) for name, chosen in kept.items()}
-            self.note(ranks, scores, self.recorded_steps)
+            self.reallocate(step=self.recorded_steps)
+        elif self.recorded_steps > self.first:
+            kept = self.choose(self.score(), self.allowed(self.recorded_steps))
+            for name, adapter in self.adapters.items():
+                _, _, (E, _) = adapter.active(adapter.max_rank)
+                E[others(adapter, kept[name])] = 0
 
     def sensitivities(self, adapter):
-        """Return the mean |p * dL/dp| over steps and its mean deviation, of A, E and B in turn."""
+        """Return the mean |p * dL/dp| over steps and its mean deviation, of A, B and E in turn."""
         before = self.recorded.get(adapter)
         after = []
         for i, (parameter, _) in enumerate(adapter.active(adapter.max_rank)):
-            sensitivity = (parameter * parameter.grad).abs()
+            sensitivity = torch.zeros_like(parameter)
+            if parameter.grad is not None:  # it has none where the loss does not come by
+                sensitivity = (parameter * parameter.grad).abs()
             mean, uncertainty = torch.zeros_like(sensitivity), torch.zeros_like(sensitivity)
             if before:
                 mean, uncertainty = before[2 * i : 2 * i + 2]
@@ -107,22 +94,41 @@ class AdaLoRA(HeteroLoRA):
             after += [mean, BETA2 * uncertainty + (1 - BETA2) * deviation]
         return after
 
+    @torch.no_grad()
     def score(self, batches=None):
         """Return {module name: [score of every triplet]}: s(E_i) + mean s(A_i) + mean s(B_i).
 
-        s is the mean sensitivity times its uncertainty.
+        s is the mean sensitivity times its uncertainty. Before training it is 0 for each.
         """
+        if not self.history:
+            return dict.fromkeys(self.adapters, 0.0)
         scores = {}
         for name, adapter in self.adapters.items():
-            A_mean, A_dev, E_mean, E_dev, B_mean, B_dev = self.recorded[adapter]
+            A_mean, A_dev, B_mean, B_dev, E_mean, E_dev = self.recorded[adapter]
             total = E_mean * E_dev + (A_mean * A_dev).mean(1) + (B_mean * B_dev).mean(0)
             scores[name] = total.tolist()
         return scores
 
+    def allocate(self, scores):
+        """Return {module name: rank}: everything at first, then the best within the budget."""
+        if not self.history:
+            return {name: adapter.max_rank for name, adapter in self.adapters.items()}
+        self.kept = self.choose(scores, self.budget)
+        return {name: len(triplets) for name, triplets in self.kept.items()}
+
+    def switch(self, ranks):
+        """Turn the triplets on that `allocate` kept, which come first now, and all others off."""
+        if self.history:
+            for name, adapter in self.adapters.items():
+                kept = self.kept[name]
+                move_ranks(adapter, kept + others(adapter, kept), self.optimizer)
+        set_ranks(self.adapters, ranks)
+
     def choose(self, scores, allowed):
         """Return {module name: its best triplets}: the best of all that cost no more than allowed.
 
-        With one that does not fit the choice goes on to cheaper ones.
+        With one that does not fit the choice goes on to cheaper ones. All triplets of a module
+        cost the same.
         """
         costs = rank_costs(self.adapters)
         triplets = [(score, name, k) for name in scores for k, score in enumerate(scores[name])]
@@ -133,3 +139,8 @@ class AdaLoRA(HeteroLoRA):
                 kept[name].append(k)
                 allowed -= price
         return kept
+
+
+def others(adapter, triplets):
+    """Return the triplets of an adapter that are not in a list."""
+    return [k for k in range(adapter.max_rank) if k not in triplets]

@@ -4,10 +4,10 @@ Each has the constructor, attributes and methods of heterolora.LoRA. `active` li
 rest follows from the seed and the checkpoint. W (d_out, d_in) is the weight of the frozen linear.
 """
 
+import bisect
 import copy
 import functools
 import math
-import re
 
 import torch
 import torch.nn as nn
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from data import InputError
 from extras.adalora import START
+from extras.flags import whole_number
 from heterolora import ADAPTERS, cost, inject
 
 
@@ -32,7 +33,10 @@ class Adapter(nn.Module):
         self.scale = alpha / rank
 
     def attach(self, name, host, adapters):
-        """Read the host's weight, or share parameters of `adapters` injected so far: neither."""
+        """Read the host's weight, or share parameters of `adapters` injected so far.
+
+        Most kinds do neither.
+        """
 
 
 def uniform(rows, columns, bound, generator):
@@ -46,14 +50,17 @@ class TiedLoRA(Adapter):
 
     Tied-LoRA (Renduchintala et al. 2024, arXiv 2311.09578). Linears of one type, such as all q,
     share; u (r,) and v (d_out,) are each module's own. `trained` says which of the four train.
-    With A and B frozen it is VeRA (Kopiczko et al. 2024, arXiv 2310.11454).
+    With A and B frozen it is VeRA (Kopiczko et al. 2024, arXiv 2310.11454), whose A and B all
+    types share, and whose u starts at 0.1; ours do not.
 
     Our choice, since the papers differ: A as in LoRA, u = 1. If B trains, B = 0 and v = 1; else B
-    is drawn from U(-1/sqrt(r), 1/sqrt(r)) and v = 0. So dW starts at 0.
+    is drawn from U(-1/sqrt(r), 1/sqrt(r)) and v = 0, and must train. So dW starts at 0.
     """
 
     def __init__(self, d_in, d_out, rank, alpha, generator=None, trained=("A", "B", "u", "v")):
         super().__init__(d_in, d_out, rank, alpha)
+        if "B" not in trained and "v" not in trained:
+            raise ValueError(f"trained {trained}: B or v must train, or dW stays 0")
         self.A = uniform(rank, d_in, 1 / math.sqrt(d_in), generator)
         self.B = nn.Parameter(torch.zeros(d_out, rank))
         self.u = nn.Parameter(torch.ones(rank))
@@ -76,15 +83,13 @@ class TiedLoRA(Adapter):
                 return
 
     def active(self, rank):
-        """Return [(parameter, slices)] of what trains. v has no ranks: the first one needs it."""
+        """Return [(parameter, slices)] of what trains. v belongs to no rank: the first one pays."""
         first = slice(rank)
-        blocks = {
-            "A": (self.A, (first, slice(None))),
-            "B": (self.B, (slice(None), first)),
-            "u": (self.u, (first,)),
-            "v": (self.v, (slice(None if rank else 0),)),
-        }
-        return [blocks[name] for name in self.trained]
+        every = slice(None)
+        blocks = {"A": (self.A, (first, every)), "u": (self.u, (first,))}
+        blocks["v"] = (self.v, (every,) if rank > 0 else (slice(0),))
+        blocks["B"] = (self.B, (every, first))
+        return [block for name, block in blocks.items() if name in self.trained]
 
     def forward(self, x, rank=None):
         """x (..., d_in) -> dW x (..., d_out)"""
@@ -100,9 +105,11 @@ class TiedLoRA(Adapter):
 class PRoLoRA(Adapter):
     """dW = scale * B A, whose A and B repeat a small chunk along their width, rotated.
 
-    PRoLoRA (Wang et al. 2024, arXiv 2402.16902). Chunk k is the first one with its ranks rotated by
-    k steps, so that the chunks differ. A few ranks are `unshared`, and are as in LoRA. Which ranks
-    rotate depends on how many are on: a rank more or less changes dW. Initial values as in LoRA.
+    PRoLoRA (Wang et al. 2024, arXiv 2402.16902). Row i of chunk k is row i + k * stride of the
+    first chunk, counted round: the chunks differ in the order of their ranks. The stride is ranks /
+    chunks, at least 1, so a single shared rank cannot rotate. A few ranks are `unshared`, and are
+    as in LoRA. What rotates depends on how many ranks are on: with one more or less dW changes, so
+    a search should buy whole modules. Initial values as in LoRA.
     """
 
     def __init__(self, d_in, d_out, rank, alpha, generator=None, chunks=4, unshared=1):
@@ -111,35 +118,35 @@ class PRoLoRA(Adapter):
         self.unshared = min(unshared, rank)
         shared = rank - self.unshared
         bound = 1 / math.sqrt(d_in)
-        self.A = uniform(shared, math.ceil(d_in / chunks), bound, generator)
-        self.B = nn.Parameter(torch.zeros(math.ceil(d_out / chunks), shared))
         self.own_A = uniform(self.unshared, d_in, bound, generator)
         self.own_B = nn.Parameter(torch.zeros(d_out, self.unshared))
+        self.chunk_A = uniform(shared, math.ceil(d_in / chunks), bound, generator)
+        self.chunk_B = nn.Parameter(torch.zeros(math.ceil(d_out / chunks), shared))
 
     def active(self, rank):
-        """Return [(parameter, slices)]. The unshared ranks come first."""
+        """Return [(parameter, slices)]. The first ranks are the unshared ones."""
         own = slice(min(rank, self.unshared))
         shared = slice(rank - own.stop)
         every = slice(None)
         return [
-            (self.A, (shared, every)),
-            (self.B, (every, shared)),
             (self.own_A, (own, every)),
             (self.own_B, (every, own)),
+            (self.chunk_A, (shared, every)),
+            (self.chunk_B, (every, shared)),
         ]
 
-    def repeat(self, chunk, width, rank_axis):
+    def unroll(self, chunk, width, rank_axis):
         """Return the chunk and its rotations side by side, cut to `width`."""
-        step = max(chunk.shape[rank_axis] // self.chunks, 1)
-        rotated = [torch.roll(chunk, -k * step, rank_axis) for k in range(self.chunks)]
+        stride = max(chunk.shape[rank_axis] // self.chunks, 1)
+        rotated = [torch.roll(chunk, -k * stride, rank_axis) for k in range(self.chunks)]
         return torch.cat(rotated, 1 - rank_axis).narrow(1 - rank_axis, 0, width)
 
     def forward(self, x, rank=None):
         """x (..., d_in) -> dW x (..., d_out)"""
         rank = self.rank if rank is None else rank
-        A, B, own_A, own_B = [parameter[slices] for parameter, slices in self.active(rank)]
-        A = torch.cat([self.repeat(A, self.d_in, 0), own_A])  # (r, d_in)
-        B = torch.cat([self.repeat(B, self.d_out, 1), own_B], 1)  # (d_out, r)
+        own_A, own_B, chunk_A, chunk_B = [part[slices] for part, slices in self.active(rank)]
+        A = torch.cat([own_A, self.unroll(chunk_A, self.d_in, 0)])  # (r, d_in)
+        B = torch.cat([own_B, self.unroll(chunk_B, self.d_out, 1)], 1)  # (d_out, r)
         z = F.linear(x, A.to(x.dtype))  # (..., r)
         return F.linear(z * self.scale, B.to(x.dtype))
 
@@ -148,13 +155,14 @@ class LoRAXS(Adapter):
     """dW = scale * B R A with a core R (r, r) that trains, between frozen A and B.
 
     LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604). With W = U S V^T, A is the first r rows of S V^T
-    and B the first r columns of U. R starts as N(0, 1e-5^2). Rank r costs r^2 parameters, so that
-    the next rank always costs more.
+    and B the first r columns of U. R starts as N(0, 1e-5^2). Rank r costs r^2 parameters in all, so
+    the r-th one adds 2r - 1.
     """
 
     def __init__(self, d_in, d_out, rank, alpha, generator=None):
         super().__init__(d_in, d_out, rank, alpha)
         self.R = nn.Parameter(1e-5 * torch.randn(rank, rank, generator=generator))
+        # `attach` fills A and B. They are not saved, as they follow from the checkpoint.
         self.register_buffer("A", torch.zeros(rank, d_in), persistent=False)
         self.register_buffer("B", torch.zeros(d_out, rank), persistent=False)
 
@@ -198,7 +206,7 @@ class SVDLoRA(Adapter):
         """Return [(parameter, slices)]."""
         first = slice(rank)
         every = slice(None)
-        return [(self.A, (first, every)), (self.E, (first,)), (self.B, (every, first))]
+        return [(self.A, (first, every)), (self.B, (every, first)), (self.E, (first,))]
 
     def forward(self, x, rank=None):
         """x (..., d_in) -> dW x (..., d_out)"""
@@ -211,36 +219,32 @@ class SVDLoRA(Adapter):
 
 
 ADAPTERS["tied"] = TiedLoRA
-ADAPTERS["tied-abu"] = functools.partial(TiedLoRA, trained=("A", "B", "u"))
+ADAPTERS["tied-abu"] = functools.partial(TiedLoRA, trained=("A", "B", "u"))  # v costs d_out each
 ADAPTERS["vera"] = functools.partial(TiedLoRA, trained=("u", "v"))
 ADAPTERS["prolora"] = PRoLoRA
-ADAPTERS["prolora-shared"] = functools.partial(PRoLoRA, unshared=0)
+ADAPTERS["prolora-shared"] = functools.partial(PRoLoRA, unshared=0)  # for small budgets
 ADAPTERS["xs"] = LoRAXS
 ADAPTERS["svd"] = SVDLoRA
-TIED = ("tied", "tied-abu")  # a budget counts what layers share once
+TIED = ("tied", "tied-abu")  # kinds whose modules share what trains
 
 
-def largest_rank(encoder, targets, kind, budget):
-    """Return the largest rank that all targets of an encoder can have within a budget, or 0.
+def uniform_costs(encoder, targets, shortcuts, kind):
+    """Return [parameters of the whole search space with rank 1, with rank 2, ...].
 
     The model stays as it was. Parameters that modules share count once.
     """
     twin = copy.deepcopy(encoder).to("meta")  # shapes without values
-    weights = [m.weight for n, m in twin.named_modules() if n.split(".")[-1] in targets]
-    most = min((min(weight.shape) for weight in weights), default=1)
-    adapters = inject(twin, targets, [], most, 1.0, adapter=kind)
-    rank = 0
-    while rank < most and cost(adapters, dict.fromkeys(adapters, rank + 1)) <= budget:
-        rank += 1
-    return rank
+    most = min(encoder.config.hidden_size, encoder.config.intermediate_size)
+    adapters = inject(twin, targets, shortcuts, most, 1.0, adapter=kind)
+    return [cost(adapters, dict.fromkeys(adapters, rank)) for rank in range(1, most + 1)]
 
 
-def choose_kind(args, encoder, targets):
+def choose_kind(args, encoder, targets, shortcuts):
     """Return the class of --adapter, and fill in a --rank that was left out. Raises InputError."""
     check_kind(args)
     kind = ADAPTERS[args.adapter]
     if args.rank is None:
-        args.rank = usual_rank(args, encoder, targets, kind)
+        args.rank = usual_rank(args, encoder, targets, shortcuts, kind)
     return kind
 
 
@@ -251,29 +255,30 @@ def check_kind(args):
     own_kind = {"alora": "lora", "adalora": "svd"}.get(args.method, args.adapter)
     if args.adapter != own_kind:
         raise InputError(f"--method {args.method} has its own adapters: leave --adapter out")
-    if args.adapter in TIED and args.method in ("static", "dynamic"):
+    is_bought = args.method in ("static", "dynamic") or args.allocator.endswith("-layers")
+    if args.adapter in TIED and is_bought:
         reason = f"modules of {args.adapter} share A and B, and cannot be bought one by one"
-        raise InputError(f"--method {args.method}: {reason}: use --method lora")
+        raise InputError(f"{reason}: use --method lora, without an --allocator")
     if args.init == "gradient" and args.adapter != "lora":
         raise InputError(f"--init gradient is for LoRA, and not for --adapter {args.adapter}")
 
 
-def usual_rank(args, encoder, targets, kind):
+def usual_rank(args, encoder, targets, shortcuts, kind):
     """Return the rank if no --rank was given: 8, or what a budget in parameters allows.
 
     With --method adalora it is the first rank that costs extras.adalora.START times the budget.
     With --method lora it is the largest one that fits, for other kinds than LoRA. (A budget that is
     a share needs a search space, and so a rank.)
     """
-    if not re.fullmatch(r"[\d,]+", str(args.budget)):
-        return 8
-    budget = int(str(args.budget).replace(",", ""))
-    if args.method == "adalora":
-        return largest_rank(encoder, targets, kind, START * budget - 1) + 1
-    if args.method != "lora" or args.adapter == "lora":
-        return 8
-    rank = largest_rank(encoder, targets, kind, budget)
-    if rank == 0:
-        raise InputError(f"--budget {budget:,} is less than rank 1 of {args.adapter} costs")
-    args.budget = budget  # a number, not text: no more than the search space will be asked for
-    return rank
+    budget = whole_number(str(args.budget))
+    if budget is not None and args.method == "adalora":
+        costs = uniform_costs(encoder, targets, shortcuts, kind)
+        return min(bisect.bisect_left(costs, START * budget) + 1, len(costs))
+    if budget is not None and args.method == "lora" and args.adapter != "lora":
+        costs = uniform_costs(encoder, targets, [], kind)
+        if costs[0] > budget:
+            least = f"rank 1 of {args.adapter} costs {costs[0]:,}"
+            raise InputError(f"--budget {budget:,} buys nothing: {least} on these --targets")
+        args.budget = min(budget, costs[-1])
+        return bisect.bisect_right(costs, budget)
+    return 8

@@ -3,14 +3,16 @@
 ALoRA (Liu et al. 2024, arXiv 2403.16187). There is no public code; this follows the paper's text.
 
 1. Start with the same number of ranks everywhere, as far as the budget goes, and train.
-2. At every interval, score all ranks, drop the worst, and give as many new ones to modules that
-   lost none. After ROUNDS rounds the ranks stay.
+2. At every interval, score all ranks, drop the worst, and give what they cost to modules that lost
+   none, as new ranks. After ROUNDS rounds the ranks stay.
 
-The score of a rank is loss(without it) - loss(with it alone), on a few training examples.
+The score of a rank is loss(without it) - loss(with it alone).
 
 Our choices, where the paper is silent or has an arrangement that short runs do not allow: the
-interval is --realloc-every; an eighth of the ranks is dropped each time; a rank that is new stays
-for a round, as its B is still near 0; the scale does not depend on how many ranks are on.
+interval is --realloc-every; the examples are SCORE_EXAMPLES new ones from the training set in every
+round, not one fixed validation batch; an eighth of the ranks is dropped each time; a rank that is
+new stays for a round, as its B is still near 0; the scale does not depend on how many ranks are on.
+As in the paper, what nobody can take is lost: with all modules at --rank, nobody can.
 """
 
 import contextlib
@@ -22,13 +24,16 @@ from extras.allocators import middle_layers
 from extras.part_ranks import move_ranks
 from heterolora import HeteroLoRA, cost, in_eval_mode, rank_costs, set_ranks
 
-SCORE_BATCHES = 2  # at most: 32 examples with the usual 16, as in the paper
+SCORE_EXAMPLES = 32  # in whole batches
 SHARE = 1 / 8  # of all ranks, dropped in a round
 ROUNDS = 8
 
 
 class ALoRA(HeteroLoRA):
-    """The search of ALoRA. `follow` tells it the optimizer."""
+    """The search of ALoRA. `follow` tells it the optimizer.
+
+    `dropped`, {module name: ranks}, is what `allocate` drops and `switch` moves out of the way.
+    """
 
     def follow(self, optimizer):
         """Remember a RankAdamW, whose state moves with the ranks -> self"""
@@ -42,10 +47,9 @@ class ALoRA(HeteroLoRA):
         return super().reallocate(batches, step)
 
     def score(self, batches=None):
-        """Return {module name: [score of every rank that is on]}; before training they are 0."""
+        """Return {module name: [score of every rank that is on]}; before training 0 for each."""
         if not self.history:
             return dict.fromkeys(self.adapters, 0.0)
-        batches = batches[:SCORE_BATCHES]
         scores = {}
         with in_eval_mode(self.model), torch.no_grad():
             for name, adapter in self.adapters.items():
@@ -72,8 +76,8 @@ class ALoRA(HeteroLoRA):
         if not self.history:
             return middle_layers(scores, costs, self.budget, None)
         ranks = dict(self.history[-1]["ranks"])
-        n_moves = max(1, round(SHARE * sum(self.history[0]["ranks"].values())))
-        for _, name, k in sorted(self.candidates(scores))[:n_moves]:
+        n_dropped = max(1, round(SHARE * sum(self.history[0]["ranks"].values())))
+        for _, name, k in sorted(self.candidates(scores))[:n_dropped]:
             self.dropped.setdefault(name, []).append(k)
             ranks[name] -= 1
 
@@ -81,29 +85,26 @@ class ALoRA(HeteroLoRA):
         for name in self.adapters:
             if name not in self.dropped:
                 means[name] = sum(scores[name]) / ranks[name] if ranks[name] else -math.inf
-        growing = sorted(means, key=means.get, reverse=True)
+        best_first = sorted(means, key=means.get, reverse=True)
         left = self.budget - cost(self.adapters, ranks)
-        grown = True
-        while (
-            n_moves > 0 and grown
-        ):  # rounds, so that nobody gets a second rank before all have one
-            grown = False
-            for name in growing:
+        has_grown = True
+        while has_grown:  # in rounds: nobody gets a second rank before all have been offered one
+            has_grown = False
+            for name in best_first:
                 rank = ranks[name]
-                if n_moves > 0 and rank < len(costs[name]) and costs[name][rank] <= left:
+                if rank < len(costs[name]) and costs[name][rank] <= left:
                     ranks[name] += 1
                     left -= costs[name][rank]
-                    n_moves -= 1
-                    grown = True
+                    has_grown = True
         return ranks
 
     def candidates(self, scores):
         """Return [(score, module name, rank)] of all ranks but those that are one round old."""
-        before = self.history[-2]["ranks"] if len(self.history) > 1 else {}
+        before = self.history[-2]["ranks"] if len(self.history) > 1 else {}  # [-1] is on now
         found = []
         for name, adapter in self.adapters.items():
-            new = max(0, adapter.rank - before.get(name, adapter.rank))
-            for k in range(adapter.rank - new):
+            n_young = max(0, adapter.rank - before.get(name, adapter.rank))
+            for k in range(adapter.rank - n_young):
                 found.append((scores[name][k], name, k))
         return found
 
@@ -136,8 +137,10 @@ def muted(adapter, ranks):
     (_, _), (B, _) = adapter.active(adapter.max_rank)
     before = B.data.clone()
     B.data[:, ranks] = 0
-    yield
-    B.data.copy_(before)
+    try:
+        yield
+    finally:
+        B.data.copy_(before)
 
 
 @contextlib.contextmanager
@@ -145,5 +148,7 @@ def alone(adapters, name):
     """Turn all modules off but one."""
     ranks = {other: adapter.rank for other, adapter in adapters.items()}
     set_ranks(adapters, {name: ranks[name]})
-    yield
-    set_ranks(adapters, ranks)
+    try:
+        yield
+    finally:
+        set_ranks(adapters, ranks)

@@ -33,20 +33,24 @@ def names(text):
     return [] if text == "none" else text.split(",")
 
 
+def whole_number(text):
+    """Turn "12000" or "12,000" into 12000, and any other text into None."""
+    if re.fullmatch(r"\d+|\d{1,3}(,\d{3})+", text):
+        return int(text.replace(",", ""))
+    return None
+
+
 def parse_budget(text, most):
     """Turn "25%" or "0.25", shares of `most`, or "12,000" into parameters. Raises InputError.
 
     A whole number counts parameters, also 1; a comma is allowed between thousands only.
     """
-    error = InputError(f"budget {text!r}: want 25% or 0.25, or a number up to {most:,} parameters")
-    if re.fullmatch(r"\d+|\d{1,3}(,\d{3})+", text):
-        budget = int(text.replace(",", ""))
-    elif re.fullmatch(r"\d+(\.\d+)?%", text):
+    budget = whole_number(text)
+    if re.fullmatch(r"\d+(\.\d+)?%", text):
         budget = math.floor(float(text[:-1]) / 100 * most + 1e-6)
-    elif re.fullmatch(r"\d*\.\d+", text):
+    if re.fullmatch(r"\d*\.\d+", text):
         budget = math.floor(float(text) * most + 1e-6)
-    else:
-        raise error
-    if budget > most:
-        raise error
+    if budget is None or budget > most:
+        allowed = f"25% or 0.25, or a number up to {most:,} parameters"
+        raise InputError(f"budget {text!r}: want {allowed}")
     return budget

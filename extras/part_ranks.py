@@ -15,9 +15,10 @@ from heterolora import active_blocks
 
 
 def partly_on(adapters):
-    """Return {parameter: slices} for parameters of which a part is on and a part is off."""
+    """Return {parameter: slices} for parameters that have a gradient and are not wholly on."""
     blocks = active_blocks(adapters)
-    return {p: part for p, part in blocks.items() if 0 < p[part].numel() < p.numel()}
+    with_gradient = {p: part for p, part in blocks.items() if p.grad is not None}
+    return {p: part for p, part in with_gradient.items() if p[part].numel() < p.numel()}
 
 
 @contextlib.contextmanager
@@ -110,7 +111,7 @@ def move_ranks(adapter, order, optimizer):
 
     For kinds of adapters whose parameters have one axis for ranks.
     """
-    for parameter, slices in adapter.active(1):
+    for parameter, slices in adapter.active(1):  # cuts the axis of the ranks alone
         axis = slices.index(slice(1))
         moments = [m for m in optimizer.state.get(parameter, {}).values() if m.dim() > 0]
         for tensor in [parameter.data, *moments]:

@@ -1,5 +1,6 @@
 """What a run needs before it begins: examples, an encoder, and the values of unset flags."""
 
+import math
 import os
 
 import torch
@@ -7,6 +8,7 @@ import torch
 import data
 from data import InputError
 from extras import devices
+from extras.alora import SCORE_EXAMPLES
 from extras.checkpoints import find_checkpoint
 from model import load_pretrained
 
@@ -69,6 +71,8 @@ def place(args, task, model):
     args.lr = args.lr or (2e-3 if is_built_in else 1e-3)
     if args.method in ("alora", "adalora"):
         args.head_warmup = args.warmup_steps = 0  # their first allocation has no score
+    if args.method == "alora":
+        args.probe_batches = math.ceil(SCORE_EXAMPLES / args.batch_size)
     devices.round_frozen(model.encoder, args.precision)
     return model.to(device)
 

@@ -1,5 +1,6 @@
 """Claims about AdaLoRA: its schedule, its scores, and what it leaves on."""
 
+import copy
 import json
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 
 import heterolora
 import train
+from extras import adalora
 from extras.adalora import AdaLoRA
 from extras.adapters import SVDLoRA
 from extras.tests.test_alora import interrupt_after
 from heterolora import inject
 from model import Classifier, Encoder
-from test_heterolora import SMALL, loss_fn, make_batches
+from test_heterolora import SMALL, loss_fn, make_batches, read_losses, run
 
 STEPS = 40
 PRICE = 16 + 16 + 1  # of a triplet
@@ -75,23 +77,21 @@ def test_no_more_triplets_than_the_schedule_allows_and_never_over_the_budget_aft
     assert search.history[0]["parameters"] == 24 * PRICE
 
 
-def test_switching_off_what_was_masked_leaves_the_function_unchanged():
+def test_switching_off_computes_what_masking_computes():
     search, optimizer = make_search()
-    inputs, _ = make_batches()[0]
-    outputs = []
-    move = search.note
-
-    def note(*args):
-        outputs.append(search.model(*inputs))
-        entry = move(*args)
-        outputs.append(search.model(*inputs))
-        return entry
-
-    search.note = note
-    for _ in steps_of(search, optimizer, STEPS):
+    for _ in steps_of(search, optimizer, search.last - 1):
         pass
-    torch.testing.assert_close(outputs[0], outputs[1])
-    assert {adapter.rank for adapter in search.adapters.values()} != {4}
+    inputs, _ = make_batches()[0]
+    ranks = search.allocate(search.score())
+    masked = copy.deepcopy(search.model)
+    for name, kept in search.kept.items():
+        E = masked.encoder.get_submodule(name).adapter.E
+        E.data[[k for k in range(4) if k not in kept]] = 0
+    search.switch(ranks)
+    torch.testing.assert_close(search.model(*inputs), masked(*inputs))
+    assert sorted(ranks.values()) != [4] * 6
+    moments = optimizer.state[search.adapters["layers.1.v"].E]["exp_avg"]
+    assert moments.all()
 
 
 def test_sensitivity_is_averaged_as_the_paper_writes_it():
@@ -105,6 +105,42 @@ def test_sensitivity_is_averaged_as_the_paper_writes_it():
         torch.testing.assert_close(search.recorded[adapter][0], mean)
         torch.testing.assert_close(search.recorded[adapter][1], deviation)
         assert search.recorded_steps == step
+
+
+def test_a_gradient_that_falls_raises_the_uncertainty_as_one_that_rises_does():
+    search, _ = make_search()
+    adapter = search.adapters["layers.1.v"]
+    mean, deviation = 0.0, 0.0
+    for size in (5.0, 0.1, 0.1, 3.0, 0.0):
+        for parameter in adapter.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+        search.recorded[adapter] = search.sensitivities(adapter)
+        sensitivity = (adapter.B * size).abs()
+        mean = 0.85 * mean + 0.15 * sensitivity
+        deviation = 0.85 * deviation + 0.15 * (sensitivity - mean).abs()
+    torch.testing.assert_close(search.recorded[adapter][2:4], [mean, deviation])
+
+
+def test_a_triplets_score_is_that_of_its_number_and_the_means_over_its_row_and_column():
+    search, _ = make_search()
+    for adapter in search.adapters.values():
+        parts = [adapter.A, adapter.A, adapter.B, adapter.B, adapter.E, adapter.E]
+        search.recorded[adapter] = [torch.rand_like(part) for part in parts]
+    A, A_dev, B, B_dev, E, E_dev = search.recorded[search.adapters["layers.0.q"]]
+    for k, score in enumerate(search.score()["layers.0.q"]):
+        row = sum(A[k, j] * A_dev[k, j] for j in range(16)) / 16
+        column = sum(B[j, k] * B_dev[j, k] for j in range(16)) / 16
+        assert score == pytest.approx((E[k] * E_dev[k] + row + column).item(), rel=1e-5)
+
+
+def test_the_best_triplets_stay():
+    search, _ = make_search()
+    scores = {name: [0.0, 0.0, 0.0, 0.0] for name in search.adapters}
+    scores["layers.0.q"] = [4.0, 1.0, 9.0, 2.0]
+    scores["layers.2.v"] = [0.0, 5.0, 0.5, 0.0]
+    kept = search.choose(scores, 4 * PRICE + 7)
+    assert kept["layers.0.q"] == [2, 0, 3] and kept["layers.2.v"] == [1]
+    assert sum(map(len, kept.values())) == 4
 
 
 def test_a_triplet_that_was_made_useful_by_hand_is_ranked_first():
@@ -135,11 +171,27 @@ def test_the_term_of_the_loss_is_the_distance_from_orthonormal_rows_and_columns(
     search, _ = make_search()
     batch = make_batches()[0]
     distances = []
-    for adapter in search.adapters.values():
-        distances.append((adapter.A @ adapter.A.T - torch.eye(4)).square().sum().sqrt())
-        distances.append((adapter.B.T @ adapter.B - torch.eye(4)).square().sum().sqrt())
-    expected = loss_fn(search.model, batch) + 0.1 * sum(distances) / 12
+    for number, adapter in enumerate(search.adapters.values()):
+        torch.nn.init.normal_(adapter.A)
+        adapter.rank = number % 3  # what is off does not count
+        if adapter.rank > 0:
+            A, B = adapter.A[: adapter.rank], adapter.B[:, : adapter.rank]
+            distances.append((A @ A.T - torch.eye(adapter.rank)).square().sum().sqrt())
+            distances.append((B.T @ B - torch.eye(adapter.rank)).square().sum().sqrt())
+    assert len(distances) == 8
+    expected = loss_fn(search.model, batch) + 0.1 * sum(distances) / 8
     torch.testing.assert_close(search.loss_fn(search.model, batch), expected)
+
+
+def test_a_run_trains_with_that_term(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    losses = []
+    for weight in (0.0, 0.1):
+        monkeypatch.setattr(adalora, "ORTHOGONALITY", weight)
+        flags = ["--method", "adalora", "--budget", "3000", "--shortcuts", "none"]
+        assert run(*flags, "--holdout", "0.2", out=tmp_path / str(weight)) == 0
+        losses.append(read_losses(tmp_path / str(weight))[0])
+    assert losses[1] > losses[0] + 0.05
 
 
 @pytest.mark.parametrize("budget", [0, 10**6])
@@ -148,6 +200,13 @@ def test_a_budget_of_nothing_or_of_everything_is_kept(budget):
     for _ in steps_of(search, optimizer, STEPS):
         pass
     assert heterolora.cost(search.adapters) == min(budget, 24 * PRICE)
+
+
+@pytest.mark.parametrize("method", ["alora", "adalora"])
+def test_no_head_is_warmed_up_for_an_allocation_without_a_score(method):
+    args = train.parse_args(["--method", method, "--train-limit", "64", "--shortcuts", "none"])
+    train.prepare(args)
+    assert args.head_warmup == 0
 
 
 def test_a_run_says_what_it_trained_and_resumes_as_if_it_had_not_stopped(tmp_path, monkeypatch):

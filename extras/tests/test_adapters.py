@@ -1,5 +1,6 @@
 """Claims about the other kinds of adapters, each against its formula written out."""
 
+import argparse
 import copy
 import json
 
@@ -9,7 +10,7 @@ import torch.nn as nn
 
 import heterolora
 import train
-from extras.adapters import ADAPTERS, LoRAXS, PRoLoRA, TiedLoRA, largest_rank
+from extras.adapters import ADAPTERS, LoRAXS, PRoLoRA, SVDLoRA, TiedLoRA, usual_rank
 from extras.evaluate import evaluate_run
 from extras.show import costs_once
 from heterolora import HeteroLoRA, LoRA, inject, set_ranks
@@ -64,18 +65,18 @@ def test_tied_lora_is_its_formula(rank):
     torch.testing.assert_close(adapter(x, rank), x @ dW.T)
 
 
-@pytest.mark.parametrize("rank, unshared", [(5, 1), (5, 0), (3, 2), (1, 1)])
+@pytest.mark.parametrize("rank, unshared", [(9, 1), (9, 0), (8, 0), (3, 2), (1, 1)])
 def test_prolora_is_its_formula_also_where_the_chunks_do_not_divide_the_width(rank, unshared):
-    adapter = PRoLoRA(10, 11, 5, 2.0, generator(), chunks=4, unshared=unshared)
+    adapter = PRoLoRA(10, 11, 9, 2.0, generator(), chunks=4, unshared=unshared)
     for parameter in adapter.parameters():
         nn.init.normal_(parameter)
     shared = rank - min(rank, unshared)
     A, B = adapter.own_A[:rank], adapter.own_B[:, :rank]
     if shared:
-        A = torch.cat([roll_by_hand(adapter.A[:shared], 4, 10), A])
-        B = torch.cat([roll_by_hand(adapter.B[:, :shared].T, 4, 11).T, B], 1)
+        A = torch.cat([roll_by_hand(adapter.chunk_A[:shared], 4, 10), A])
+        B = torch.cat([roll_by_hand(adapter.chunk_B[:, :shared].T, 4, 11).T, B], 1)
     x = torch.randn(2, 3, 10)
-    torch.testing.assert_close(adapter(x, rank), x @ (2.0 / 5 * B @ A).T)
+    torch.testing.assert_close(adapter(x, rank), x @ (2.0 / 9 * B @ A).T)
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -93,6 +94,32 @@ def test_lora_xs_puts_its_core_between_the_singular_vectors_of_the_weight(rank):
     torch.testing.assert_close(adapter(x, rank), x @ dW.T)
 
 
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_form_of_adalora_is_its_formula(rank):
+    adapter = SVDLoRA(7, 9, 4, 2.0, generator())
+    nn.init.normal_(adapter.E)
+    dW = 2.0 / 4 * adapter.B[:, :rank] @ adapter.E[:rank].diag() @ adapter.A[:rank]
+    x = torch.randn(2, 3, 7)
+    torch.testing.assert_close(adapter(x, rank), x @ dW.T)
+
+
+def test_initial_values_have_the_spread_that_the_docstrings_say():
+    prolora = PRoLoRA(400, 300, 40, 1.0, generator())
+    vera = ADAPTERS["vera"](400, 300, 40, 1.0, generator())
+    for values, bound in ((prolora.chunk_A, 1 / 20), (prolora.own_A, 1 / 20), (vera.A, 1 / 20)):
+        assert 0.95 * bound < values.abs().max() <= bound
+    assert 0.95 / 40**0.5 < vera.B.abs().max() <= 1 / 40**0.5
+    assert LoRAXS(400, 300, 40, 1.0, generator()).R.std().item() == pytest.approx(1e-5, rel=0.1)
+    svd = SVDLoRA(400, 300, 40, 1.0, generator())
+    assert svd.A.std().item() == pytest.approx(0.02, rel=0.05)
+    assert svd.B.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_prolora_with_fewer_ranks_than_are_unshared_shares_none():
+    adapter = PRoLoRA(10, 11, 1, 1.0, generator(), unshared=2)
+    assert heterolora.cost({"q": adapter}) == 10 + 11
+
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("xs", "vera", "svd")])
 def test_kinds_that_can_be_lora_are_lora_bit_for_bit(kind):
     settings = {"chunks": 1, "unshared": 0} if "prolora" in kind else {}
@@ -100,19 +127,21 @@ def test_kinds_that_can_be_lora_are_lora_bit_for_bit(kind):
     lora = LoRA(12, 9, 4, 2.0, generator())
     x = torch.randn(2, 3, 12)
     B = torch.randn(9, 4)
+    first, second = ("chunk_A", "chunk_B") if "prolora" in kind else ("A", "B")
+    getattr(adapter, second).data.copy_(B)
+    lora.B.data.copy_(B)
     for each in (adapter, lora):
-        each.B.data.copy_(B)
         each(x).square().sum().backward()
     assert torch.equal(adapter(x), lora(x))
-    assert torch.equal(adapter.A.grad, lora.A.grad)
-    assert torch.equal(adapter.B.grad, lora.B.grad)
+    assert torch.equal(getattr(adapter, first).grad, lora.A.grad)
+    assert torch.equal(getattr(adapter, second).grad, lora.B.grad)
 
 
 def test_rotation_raises_the_rank_of_prolora():
     adapter = PRoLoRA(32, 32, 8, 1.0, generator(), chunks=8, unshared=0)
-    nn.init.normal_(adapter.B)
+    nn.init.normal_(adapter.chunk_B)
     rotated = torch.linalg.matrix_rank(adapter(torch.eye(32)))
-    adapter.repeat = lambda chunk, width, axis: torch.cat([chunk] * 8, 1 - axis)
+    adapter.unroll = lambda chunk, width, axis: torch.cat([chunk] * 8, 1 - axis)
     assert torch.linalg.matrix_rank(adapter(torch.eye(32))) == 4  # the width of a chunk
     assert rotated == 8
 
@@ -131,6 +160,18 @@ def test_dW_starts_at_zero_and_the_parameters_get_a_gradient(kind):
 
 
 # ------------------------------------------------------------------------------- what it costs
+
+
+def test_a_tied_kind_that_could_never_learn_is_refused():
+    with pytest.raises(ValueError, match="B or v must train"):
+        TiedLoRA(7, 9, 2, 1.0, trained=("A", "u"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fisher_tells_modules_apart_before_training(kind):
+    model, adapters = make_model(kind, trained=False)
+    scores = HeteroLoRA(model, adapters, 0, loss_fn, "fisher").score(make_batches())
+    assert all(score > 0 for score in scores.values())
 
 
 def test_what_layers_share_is_one_object_and_counts_once():
@@ -169,16 +210,33 @@ def test_only_the_core_of_lora_xs_trains():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_largest_rank_fits_and_the_next_one_does_not(kind):
+def test_the_usual_rank_is_the_largest_that_fits(kind):
     encoder = Encoder(SMALL)
-    rank = largest_rank(encoder, ["q", "v"], ADAPTERS[kind], 1500)
-    costs = []
-    for r in (rank, min(rank + 1, 16)):
+    args = argparse.Namespace(method="lora", adapter=kind, rank=None, init=None, allocator="greedy")
+    for wanted in (1, 3):
         twin = copy.deepcopy(encoder)
-        costs.append(heterolora.cost(inject(twin, ["q", "v"], [], r, 1.0, adapter=ADAPTERS[kind])))
-    assert costs[0] <= 1500
-    assert rank == 16 or costs[1] > 1500
+        adapters = inject(twin, ["q", "v"], [], wanted, 1.0, adapter=ADAPTERS[kind])
+        spent = heterolora.cost(adapters)
+        for budget, rank in ((spent, wanted), (spent - 1, wanted - 1)):
+            args.budget = str(budget)
+            if rank > 0 and kind != "lora":
+                assert usual_rank(args, encoder, ["q", "v"], [], ADAPTERS[kind]) == rank
     assert not any(".adapter" in name for name, _ in encoder.named_modules())
+
+
+@pytest.mark.parametrize("shortcuts", [[], ["residual_attn"]])
+def test_adalora_starts_with_the_first_rank_that_costs_half_as_much_again_as_the_budget(shortcuts):
+    encoder = Encoder(SMALL)
+    args = argparse.Namespace(method="adalora", adapter="svd", rank=None, budget="1,000")
+    rank = usual_rank(args, encoder, ["q", "v"], shortcuts, SVDLoRA)
+    costs = []
+    for r in (rank - 1, rank):
+        twin = copy.deepcopy(encoder)
+        adapters = inject(twin, ["q", "v"], shortcuts, r, 1.0, adapter=SVDLoRA)
+        costs.append(heterolora.cost(adapters))
+    assert costs[0] < 1500 <= costs[1]
+    args.budget = "1000000"
+    assert usual_rank(args, encoder, ["q", "v"], [], SVDLoRA) == 16
 
 
 # ---------------------------------------------------------------------------------- how it runs
@@ -227,7 +285,9 @@ def test_a_search_works_with_kinds_whose_modules_share_nothing(tmp_path, kind):
     [
         (["--method", "static", "--adapter", "tied"], "cannot be bought one by one"),
         (["--method", "lora", "--adapter", "xs", "--shortcuts", "all"], "use --shortcuts none"),
-        (["--method", "lora", "--adapter", "prolora", "--budget", "9"], "is less than rank 1"),
+        (["--method", "lora", "--adapter", "tied", "--allocator", "first-layers"], "one by one"),
+        (["--method", "lora", "--adapter", "prolora", "--budget", "9"], "rank 1 of prolora costs"),
+        (["--method", "lora", "--adapter", "xs", "--budget", "1,2,3,4"], "want 25% or 0.25"),
         (["--method", "alora", "--adapter", "xs"], "leave --adapter out"),
         (["--method", "adalora", "--adapter", "tied"], "leave --adapter out"),
     ],

@@ -14,6 +14,7 @@ import train
 from extras import state
 from extras.alora import ALoRA
 from extras.part_ranks import RankAdamW
+from heterolora import LoRA, set_ranks
 from test_heterolora import loss_fn, make_batches, make_model
 
 BUDGET = 12 * 32  # 12 ranks over the 6 modules q, v of three layers, 16 wide
@@ -59,6 +60,20 @@ def test_a_score_is_the_loss_without_a_rank_minus_the_loss_with_it_alone():
         assert scores[name][k] == pytest.approx(losses[0] - losses[1], abs=1e-6)
 
 
+def test_scores_are_without_dropout():
+    search, _, batches = make_search(trained_steps=3)
+    expected = search.score(batches)
+    search.model.train()
+    assert search.score(batches) == expected
+
+
+def test_a_loss_that_is_not_finite_stops_the_search():
+    search, _, batches = make_search(trained_steps=1)
+    search.model.head[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="layers.0.q"):
+        search.score(batches)
+
+
 def test_scoring_changes_nothing():
     search, _, batches = make_search(trained_steps=3)
     before = copy.deepcopy(search.model.state_dict())
@@ -95,6 +110,65 @@ def test_ranks_move_from_the_worst_to_modules_that_lost_none_and_the_budget_hold
     assert heterolora.cost(search.adapters) == BUDGET
 
 
+def allocate(ranks, scores, budget, costs=None):
+    """Return what ALoRA makes of an allocation and scores. A rank costs 16, or what costs says."""
+    adapters = {}
+    for name in ranks:
+        d_in = costs[name] - 8 if costs else 8
+        adapters[name] = LoRA(d_in, 8, 4, 1.0)
+    set_ranks(adapters, ranks)
+    search = ALoRA(None, adapters, budget, None)
+    search.history = [{"ranks": ranks}]
+    return search.allocate(scores), search.dropped
+
+
+def test_new_ranks_go_to_the_best_modules_by_their_mean_that_lost_none():
+    ranks = {"a": 3, "b": 2, "c": 4, "d": 3, "off": 0}
+    scores = {"a": [5, -9, 5], "b": [3, 3], "c": [4, 4, 4, 4], "d": [2, 2, 1], "off": []}
+    # An eighth of 12 ranks is 2, of which -9 and 1 are the worst. c is full; b is next, then off.
+    after, dropped = allocate(ranks, scores, budget=12 * 16)
+    assert dropped == {"a": [1], "d": [2]}
+    assert after == {"a": 2, "b": 3, "c": 4, "d": 2, "off": 1}
+
+
+def test_what_was_left_over_is_spent_too():
+    after, dropped = allocate({"a": 2, "b": 2}, {"a": [1, 5], "b": [9, 9]}, budget=5 * 16)
+    assert dropped == {"a": [0]}
+    assert after == {"a": 1, "b": 4}
+
+
+def test_the_best_mean_comes_before_the_largest_sum():
+    ranks = {"a": 3, "b": 3, "c": 1, "d": 4}
+    scores = {"a": [2, 2, 2], "b": [1, 1, 1], "c": [4], "d": [-9, -8, 5, 5]}
+    after, dropped = allocate(ranks, scores, 16 * 11)
+    assert dropped == {"d": [0]}  # an eighth of 11 is 1
+    assert after == {"a": 3, "b": 3, "c": 2, "d": 3}
+
+
+def test_growth_stays_within_the_budget_where_modules_cost_more_than_what_was_dropped():
+    ranks = {"small": 4, "large": 2, "other": 2}
+    scores = {"small": [1, 2, 3, 4], "large": [9, 9], "other": [5, 5]}
+    costs = {"small": 16, "large": 30, "other": 16}
+    spent = 4 * 16 + 2 * 30 + 2 * 16
+    after, _ = allocate(ranks, scores, spent, costs)
+    assert after == {"small": 3, "large": 2, "other": 3}
+
+
+def test_what_was_bought_is_no_longer_there_to_spend():
+    ranks = {"a": 4, "b": 3, "c": 3, "d": 3}
+    scores = {"a": [0, 0, 9, 9], "b": [5] * 3, "c": [6] * 3, "d": [7] * 3}
+    costs = {"a": 16, "b": 16, "c": 16, "d": 32}
+    spent = 4 * 16 + 3 * 16 + 3 * 16 + 3 * 32
+    after, dropped = allocate(ranks, scores, spent, costs)
+    assert dropped == {"a": [0, 1]}  # frees 32, which d takes; nothing is left for c
+    assert after == {"a": 2, "b": 3, "c": 3, "d": 4}
+
+
+def test_a_search_with_few_ranks_still_moves_one():
+    after, _ = allocate({"a": 1, "b": 1}, {"a": [1], "b": [2]}, 32)
+    assert after == {"a": 0, "b": 2}
+
+
 def test_dropped_ranks_leave_their_place_to_those_that_stay_with_their_moments():
     search, optimizer, _ = make_search(trained_steps=3)
     adapter = search.adapters["layers.0.q"]
@@ -109,18 +183,43 @@ def test_dropped_ranks_leave_their_place_to_those_that_stay_with_their_moments()
 
 
 def test_growth_leaves_the_function_unchanged_and_begins_afresh():
-    search, optimizer, batches = make_search(trained_steps=3)
-    nn.init.normal_(search.adapters["layers.0.v"].B)  # what is off may hold anything
+    search, optimizer, batches = make_search()
+    set_ranks(search.adapters, dict.fromkeys(search.adapters, 4))
+    train_for(search, optimizer, 3)  # every rank has moments now
+    start = dict.fromkeys(search.adapters, 2)
+    set_ranks(search.adapters, start)
     before = search.model(*batches[0][0])
-    search.dropped = {}
-    ranks = {name: a.rank for name, a in search.adapters.items()} | {"layers.0.v": 4}
-    search.switch(ranks)
-    torch.testing.assert_close(search.model(*batches[0][0]), before)
     adapter = search.adapters["layers.0.v"]
-    for parameter, new in ((adapter.A, (slice(2, 4),)), (adapter.B, (slice(None), slice(2, 4)))):
+    old_A = adapter.A.detach().clone()
+    search.dropped = {}
+    search.switch(start | {"layers.0.v": 4})
+    torch.testing.assert_close(search.model(*batches[0][0]), before)
+    new = slice(2, 4)
+    for parameter, part in ((adapter.A, (new,)), (adapter.B, (slice(None), new))):
         for values in optimizer.state[parameter].values():
-            assert not values[new].any()
-    assert not adapter.B[:, 2:].any() and adapter.A[2:].abs().max() <= 1 / 4
+            assert not values[part].any()
+        assert optimizer.state[parameter]["step"].max() == 3
+    assert not adapter.B[:, new].any() and (adapter.A[new] != old_A[new]).all()
+    assert 0.8 / 4 < adapter.A[new].abs().max() <= 1 / 4
+    assert torch.equal(adapter.A[:2], old_A[:2])
+
+
+def test_new_values_depend_on_the_seed_of_the_search_alone():
+    drawn = []
+    for seed in (1, 2):
+        search, _, _ = make_search(trained_steps=1)
+        torch.manual_seed(seed)
+        search.dropped = {}
+        search.switch(search.history[0]["ranks"] | {"layers.0.v": 3})
+        drawn.append(search.adapters["layers.0.v"].A[2].tolist())
+    assert drawn[0] == drawn[1]
+
+
+def test_the_first_allocation_keeps_the_initial_values():
+    search, _, _ = make_search()
+    _, adapters = make_model(["q", "v"], [], rank=4, trained=False)
+    for name, adapter in adapters.items():
+        assert torch.equal(search.adapters[name].A, adapter.A)
 
 
 def test_a_rank_that_is_new_is_not_dropped_in_the_next_round():
@@ -152,6 +251,8 @@ def test_a_run_reports_its_search_and_resumes_as_if_it_had_not_stopped(tmp_path,
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert 1700 < result["params_active"] <= 2000
     assert result["search_seconds"] > 0
+    history = (tmp_path / "a" / "history.jsonl").read_text().splitlines()
+    assert len(history) > 2  # the search space, and more than one allocation
     interrupt_after(5, monkeypatch)
     assert train.main([*flags, "--out", str(tmp_path / "b")]) == 130
     monkeypatch.undo()

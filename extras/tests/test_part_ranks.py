@@ -6,7 +6,8 @@ import io
 import pytest
 import torch
 
-from extras.part_ranks import RankAdamW
+from extras.adapters import PRoLoRA, SVDLoRA
+from extras.part_ranks import RankAdamW, hold_off_ranks, move_ranks
 from heterolora import LoRA, set_ranks
 
 LR = 1e-2
@@ -154,3 +155,54 @@ def test_gradients_are_there_after_the_step():
     parameter[:2].square().sum().backward()
     optimizer.step()
     assert parameter.grad[:2].abs().min() > 0
+
+
+def test_ranks_move_with_all_their_values_and_moments():
+    adapter = SVDLoRA(6, 5, 4, 8.0, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=LR)
+    adapter.E.data.normal_()
+    adapter(torch.randn(3, 6)).square().sum().backward()
+    optimizer.step()
+    before = []
+    for parameter in (adapter.A, adapter.E, adapter.B.T):
+        before.append(parameter.detach().clone())
+    moments = {
+        p: dict(state) for p, state in copy.deepcopy(optimizer.state_dict()["state"]).items()
+    }
+    move_ranks(adapter, [2, 0, 3, 1], optimizer)
+    for was, now in zip(before, (adapter.A, adapter.E, adapter.B.T), strict=True):
+        assert torch.equal(now, was[[2, 0, 3, 1]])
+    for number, parameter in enumerate(adapter.parameters()):
+        axis = 1 if parameter is adapter.B else 0
+        for name in ("exp_avg", "exp_avg_sq"):
+            was = moments[number][name]
+            now = optimizer.state[parameter][name]
+            assert torch.equal(now, was.index_select(axis, torch.tensor([2, 0, 3, 1])))
+
+
+def test_a_part_that_is_forgotten_begins_anew_and_the_rest_goes_on():
+    adapters = two_adapters()
+    optimizer = optimizer_of(adapters)
+    train(adapters, optimizer, [{"a": 4, "b": 4}] * 3)
+    A = adapters["a"].A
+    optimizer.forget(A, 2)
+    state = optimizer.state[A]
+    assert [state["step"][k].unique().tolist() for k in range(4)] == [[3], [3], [0], [3]]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert not state[name][2].any() and state[name][[0, 1, 3]].all()
+
+
+@pytest.mark.parametrize("optimizer_kind", [RankAdamW, torch.optim.AdamW])
+def test_a_parameter_with_a_gradient_of_which_nothing_is_on_stays_too(optimizer_kind):
+    adapter = PRoLoRA(6, 5, 3, 8.0, torch.Generator().manual_seed(0), unshared=1)
+    adapters = {"a": adapter}
+    optimizer = optimizer_of(adapters, optimizer_kind)
+    for rank in (3, 1, 1):  # with one rank only the unshared one is on
+        set_ranks(adapters, {"a": rank})
+        optimizer.zero_grad()
+        adapter(torch.ones(2, 6)).sum().backward()
+        with hold_off_ranks(adapters):
+            optimizer.step()
+        if rank == 3:
+            before = adapter.chunk_A.detach().clone()
+    assert torch.equal(adapter.chunk_A, before)
