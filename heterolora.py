@@ -138,10 +138,11 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
     """Put adapters into a model, in place, and freeze everything else: the paper's search space.
 
     targets are the last parts of the names of nn.Linear modules ("q", "v"). shortcuts are those of
-    connection points, as wide as model.config.hidden_size: an nn.Identity is a residual, a subclass
-    of it, which returns None, a new shortcut. Initial values depend on the seed, the module's name
-    and its shape. adapter is a class. Returns {module name: adapter}, all on; the optimizer needs
-    them all. Raises ValueError for a name that matches nothing, a bad rank, or a second call.
+    connection points, as wide as model.config.hidden_size: an nn.Identity is a residual connection,
+    and a subclass of nn.Identity, which returns None, is a new shortcut. Initial values depend on
+    the seed, the module's name and its shape. adapter is a class. Returns {module name: adapter},
+    all on; the optimizer needs them all. Raises ValueError for a name that matches nothing, a bad
+    rank, or a second call.
     """
     modules = dict(model.named_modules())
     if any(isinstance(module, (LoRALinear, LoRAShortcut)) for module in modules.values()):
@@ -198,7 +199,7 @@ def active_blocks(adapters, ranks=None):
     for name, adapter in adapters.items():
         rank = adapter.rank if ranks is None else ranks.get(name, 0)
         for parameter, slices in adapter.active(rank):
-            used = blocks.get(parameter, slices)  # already, by adapters that share it
+            used = blocks.get(parameter, slices)  # by another adapter that shares the parameter
             if parameter[slices].numel() >= parameter[used].numel():
                 blocks[parameter] = slices
     return blocks
@@ -243,7 +244,7 @@ def adapter_gradients(adapter, x, d):
 def recording(model, measure, sums):
     """Add measure(adapter, x, d), a list of tensors, to sums[adapter] in every backward pass.
 
-    Gives a list of the places of all y in the graph. Outputs and gradients stay the same.
+    Gives a list of the autograd graph's edges at all y. Outputs and gradients stay the same.
     """
     outputs = []
 

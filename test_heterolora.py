@@ -738,9 +738,9 @@ def test_any_other_budget_is_refused_with_what_is_allowed(text):
 
 
 def run(*flags, out=None):
-    """Run train.main on a few examples of the built-in task -> exit status"""
-    common = ["--train-limit", "96", "--max-steps", "6", "--precision", "float32"]
-    common += ["--head-warmup", "8"]
+    """Run train.main on a few examples of the built-in task, a quarter held out -> exit status"""
+    common = ["--train-limit", "96", "--holdout", "0.25", "--max-steps", "6"]
+    common += ["--precision", "float32", "--head-warmup", "8"]
     return train.main([*common, *flags, *(["--out", str(out)] if out else [])])
 
 
@@ -756,6 +756,7 @@ def run(*flags, out=None):
         (["--device", "abacus"], "--device abacus"),
         (["--device", "hpu"], "--device hpu"),
         (["--method", "full", "--precision", "bfloat16"], "has none"),
+        (["--method", "lora", "--allocator", "breadth"], "lora has no scores"),
         (["--holdout", "1"], "holdout"),
         (["--resume", "no/such/run"], "no/such/run"),
     ],

@@ -5,7 +5,7 @@
     python train.py --resume runs/a                                # after Ctrl-C or a crash
 
 The methods are HeteroLoRA (dynamic, static) and its baselines: lora (the same rank everywhere),
-head (no adapters) and full (every weight). Read `train` top to bottom: it is the whole run.
+head (no adapters) and full (every weight). Read `train` top to bottom, then `fit`, its loop.
 """
 
 import argparse
@@ -203,8 +203,8 @@ def make_optimizer(args, model, adapters, total):
     def factor(step):
         return min(1, (step + 1) / max(warm, 1), (total - step) / max(total - warm, 1))
 
-    buys_ranks = args.method == "dynamic" and args.allocator != "greedy"
-    if buys_ranks or args.method == "alora":  # ranks come on in modules that are partly on
+    may_buy_ranks = args.method == "dynamic" and args.allocator != "greedy"
+    if may_buy_ranks or args.method == "alora":  # ranks come on in modules that are partly on
         from extras.part_ranks import RankAdamW
 
         optimizer = RankAdamW(groups, adapters)
@@ -278,7 +278,7 @@ def train(args):
             run.load(state)
         elif search:
             start = time.perf_counter()
-            with warmed_up(args, model, adapters, train_set):
+            with warmed_up(args, model, adapters, train_set):  # the head alone; put back after
                 draws = generator(args.seed, "first probing")
                 search.reallocate(train_set.sample(args.probe_batches, args.batch_size, draws))
             progress.search_seconds += time.perf_counter() - start
@@ -306,6 +306,7 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
     realloc_every = max(1, round(args.realloc_every * steps_per_epoch))
     objective = search.loss_fn if search else loss_fn
     is_dynamic = args.method in ("dynamic", "alora")
+    # Inline: scores come from the training steps themselves, not from passes of their own.
     is_inline = args.method == "dynamic" and heterolora.PROXIES[args.proxy].measure is not None
     if is_inline and realloc_every < args.probe_batches:
         run.log(f"note    a score sees {realloc_every} batches: all between two allocations")

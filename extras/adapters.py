@@ -1,7 +1,8 @@
 """Other kinds of adapters for --adapter, registered on import: they train less, or share it.
 
-Each has the constructor, attributes and methods of heterolora.LoRA. `active` lists what trains; the
-rest follows from the seed and the checkpoint. W (d_out, d_in) is the weight of the frozen linear.
+Each has the constructor, attributes and methods of heterolora.LoRA. `active` lists what trains.
+What is frozen is made again from the seed and the checkpoint, and is not saved.
+W (d_out, d_in) is the weight of the frozen linear.
 """
 
 import bisect
@@ -50,8 +51,8 @@ class TiedLoRA(Adapter):
 
     Tied-LoRA (Renduchintala et al. 2024, arXiv 2311.09578). Linears of one type, such as all q,
     share; u (r,) and v (d_out,) are each module's own. `trained` says which of the four train.
-    With A and B frozen it is VeRA (Kopiczko et al. 2024, arXiv 2310.11454), whose A and B all
-    types share, and whose u starts at 0.1; ours do not.
+    With A and B frozen it is VeRA (Kopiczko et al. 2024, arXiv 2310.11454) but for two things: in
+    VeRA all types share A and B too, and u starts at 0.1.
 
     Our choice, since the papers differ: A as in LoRA, u = 1. If B trains, B = 0 and v = 1; else B
     is drawn from U(-1/sqrt(r), 1/sqrt(r)) and v = 0, and must train. So dW starts at 0.

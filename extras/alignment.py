@@ -5,7 +5,7 @@ is |W z| / |W z'| with a Gaussian z' as long as z:
 
     NFN(z) = sqrt(d_in) |W z| / (|W|_F |z|)
 
-It is about 1 for random weights, and more where W is made for its inputs. The linears with the
+It is about 1 for random weights, and more where W magnifies its inputs. The linears with the
 lowest NFN are adapted. PLoP averages over all linears of a type; a number for each is our change.
 """
 

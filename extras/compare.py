@@ -32,8 +32,7 @@ from extras.flags import number
 from extras.show import jaccard
 from heterolora import ALLOCATORS, PROXIES
 
-TUNING_SEEDS = 2  # so many seeds choose among several learning rates,
-TUNING_SHARE = 0.2  # on this share of the training set, which is held out for that
+TUNING_SHARE = 0.2  # of the training set is held out, to choose among several learning rates
 
 # Flags that change no result, flags that are the same for all, and what a method does not use.
 NO_MATTER = {"data_dir", "device", "out", "resume", "command", "model"}  # weights: see `checkpoint`
@@ -153,7 +152,7 @@ def choose_lr(spec, flags, args):
     flags.holdout = TUNING_SHARE
     totals = dict.fromkeys(args.lr, 0)
     for flags.lr in args.lr:
-        for flags.seed in args.seeds[:TUNING_SEEDS]:
+        for flags.seed in args.seeds[: args.tuning_seeds]:
             result = run(f"{spec}, held out,", flags, args.results)
             totals[flags.lr] += result.get("last", -math.inf)
     return max(totals, key=totals.get)
@@ -233,6 +232,7 @@ def main(argv=None):
     add("contenders", nargs="+", metavar="CONTENDER", help="METHOD[:FLAG=VALUE]...; these first")
     add("--seeds", type=number(int, -1), nargs="+", default=[0, 1, 2])
     add("--lr", type=number(float, 0), nargs="+", default=[], help="each chooses its own")
+    add("--tuning-seeds", type=number(int, 0), default=2, help="so many seeds choose an --lr (2)")
     add("--holdout", type=number(float, 0), help="evaluate on this share of the training set")
     add("--results", metavar="FILE", default="results.jsonl")
     args, rest = parser.parse_known_args(argv)

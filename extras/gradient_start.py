@@ -2,7 +2,8 @@
 
 With B = 0 the first step of B only sees G A^T, and G = dL/dW (d_out, d_in) is nearly of rank one in
 many modules. The rows of A become the first right singular vectors of G, each as long as the row
-that it replaces. B stays 0, so the function stays the checkpoint's. LoRA-GA (arXiv 2407.05000) and
+that it replaces. B stays 0, so the function stays the checkpoint's. Modules that a dynamic search
+turns on later keep their random A. LoRA-GA (arXiv 2407.05000) and
 LoRA-One (arXiv 2502.01235) start A and B from the gradient; here it is A alone.
 """
 

@@ -1,4 +1,4 @@
-"""What modules need of which only some ranks are on: an optimizer that leaves the others alone.
+"""Training modules that are partly on: some of their ranks train, and the others must not move.
 
 `hold_off_ranks` is enough for ranks that stay off. A rank that comes on late needs `RankAdamW`:
 torch.optim.AdamW has one step count for a parameter, and divides the moments by what they lack

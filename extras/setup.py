@@ -22,6 +22,10 @@ def check_flags(args):
         raise InputError(f"task {args.task} needs --model: a checkpoint folder or a hub id")
     if args.method == "full" and args.precision == "bfloat16":
         raise InputError("--precision bfloat16 is of frozen weights, and --method full has none")
+    needs_no_score = args.allocator in ("greedy", "uniform") or args.allocator.endswith("-layers")
+    if args.method == "lora" and not needs_no_score:
+        rules = "uniform, first-layers, middle-layers, last-layers"
+        raise InputError(f"--method lora has no scores: --allocator may be {rules}")
 
 
 def read_task(args):

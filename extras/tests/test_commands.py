@@ -13,7 +13,8 @@ from extras import evaluate, predict
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("runs") / "a")
-    flags = ["--train-limit", "64", "--max-steps", "2", "--precision", "float32", "--out", folder]
+    flags = ["--train-limit", "64", "--holdout", "0.25", "--max-steps", "2"]
+    flags += ["--precision", "float32", "--out", folder]
     assert train.main(flags) == 0
     return folder
 

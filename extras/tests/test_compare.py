@@ -128,6 +128,11 @@ def test_each_contender_chooses_its_learning_rate_on_held_out_examples(runs, cap
     assert [cells[0] for cells in rows(capsys).values()] == ["1", "2"]
 
 
+def test_as_many_seeds_as_asked_for_choose_a_learning_rate(runs):
+    compare.main("lora --lr 3 1 --seeds 0 1 2 --tuning-seeds 3".split())
+    assert [r.seed for r in runs if r.holdout] == [0, 1, 2, 0, 1, 2]
+
+
 def test_a_run_that_diverges_is_counted_and_kept(runs, capsys):
     compare.main(["lora", "dynamic:lr=8"])
     compare.main(["lora", "dynamic:lr=8"])

@@ -150,7 +150,8 @@ def test_the_commands_of_the_results_print_the_tables_beside_them(capsys):
     commands = re.findall(r"^python -m extras\.evidence (.*)$", text.replace("\\\n", ""), re.M)
     assert len(commands) > 10
     for command in commands:
-        evidence.main([EVIDENCE, *shlex.split(command)[1:]])
+        file, *flags = shlex.split(command)
+        evidence.main([str(DOCS.parent / file), *flags])
         assert f"\n\n{capsys.readouterr().out}\n" in text, command
 
 

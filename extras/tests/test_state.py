@@ -13,7 +13,7 @@ from data import InputError
 from extras.state import Progress, State
 
 COMMON = ["--train-limit", "96", "--precision", "float32", "--max-steps", "4", "--batch-size", "16"]
-COMMON += ["--head-warmup", "8"]
+COMMON += ["--head-warmup", "8", "--holdout", "0.25"]
 
 
 class Interrupted(Exception):

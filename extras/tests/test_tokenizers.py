@@ -257,7 +257,7 @@ def test_no_long_text_takes_quadratic_time(text):
     for tokenizer in (bert(), roberta(every_pair)):
         start = time.process_time()
         tokenizer.encode(text)
-        assert time.process_time() - start < 2
+        assert time.process_time() - start < 20  # a quadratic one takes minutes
 
 
 BERT_VOCAB = "".join(token + "\n" for token in BERT_SPECIALS)
