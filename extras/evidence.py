@@ -18,6 +18,7 @@ import zlib
 import numpy as np
 
 from data import InputError
+from extras.files import write
 
 # Flags that a label leaves out at these values: they are what the paper does.
 USUAL = {
@@ -109,34 +110,57 @@ def group(runs):
     return groups
 
 
+def gain_over(baseline, seeds):
+    """Return (mean difference, half width of its interval, n) over shared seeds, None for < 2."""
+    shared = seeds.keys() & baseline.keys()
+    if len(shared) < 2 or seeds is baseline:
+        return None
+    differences = [seeds[seed].score - baseline[seed].score for seed in shared]
+    return *paired_difference(differences), len(shared)
+
+
 def row(label, seeds, baseline):
     """Return a line of the table, with the difference over the seeds that both groups have."""
     scores = [run.score for run in seeds.values()]
-    mean = f"{statistics.mean(scores):.2f}"
+    level = f"{statistics.mean(scores):.2f}"
     if len(scores) > 1:
-        mean += f" ± {statistics.stdev(scores):.2f}"
+        level += f" ± {statistics.stdev(scores):.2f}"
     parameters = max(run.parameters for run in seeds.values())
     ever = max(run.ever for run in seeds.values())
-    shared = seeds.keys() & baseline.keys()
-    gain = ""
-    if len(shared) > 1 and seeds is not baseline:
-        differences = [seeds[seed].score - baseline[seed].score for seed in shared]
-        center, half = paired_difference(differences)
-        gain = f"{center:+.2f} [{center - half:+.2f}, {center + half:+.2f}], n = {len(shared)}"
-    return f"| `{label}` | {len(scores)} | {mean} | {parameters:,} | {ever:,} | {gain} |"
+    told = ""
+    if gain := gain_over(baseline, seeds):
+        mean, half, n = gain
+        told = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], n = {n}"
+    return f"| `{label}` | {len(scores)} | {level} | {parameters:,} | {ever:,} | {told} |"
 
 
-def table(groups, baseline=None):
-    """Return a Markdown table, lora rows first. Raises InputError if `baseline` is not a label."""
+def in_order(groups, baseline=None):
+    """Return the labels, lora first, and the one to compare with. Raises InputError if unknown."""
     labels = sorted(groups, key=lambda label: not label.startswith("lora"))
     baseline = baseline or labels[0]
     if baseline not in groups:
         raise InputError(f"--baseline {baseline!r} is not a row; leave it out to see the rows")
+    return labels, baseline
+
+
+def table(groups, baseline=None):
+    """Return a Markdown table, lora rows first. Raises InputError if `baseline` is not a label."""
+    labels, baseline = in_order(groups, baseline)
     head = "method | n | mean ± sd | parameters | ever trained"
     lines = [f"| {head} | minus `{baseline}` [95 %] |", "|---|---|---|---|---|---|"]
     for label in labels:
         lines.append(row(label, groups[label], groups[baseline]))
     return "\n".join(lines)
+
+
+def picture(title, groups, baseline=None):
+    """Return the last column of `table` as a forest plot in SVG. Raises InputError."""
+    from extras import forest
+
+    labels, baseline = in_order(groups, baseline)
+    gains = {label: gain_over(groups[baseline], groups[label]) for label in labels}
+    gains = {label: gain for label, gain in gains.items() if gain}
+    return forest.draw(title, baseline, gains)
 
 
 def main(argv=None):
@@ -146,6 +170,7 @@ def main(argv=None):
     parser.add_argument("--budget", help="adapter parameters that a run may use")
     parser.add_argument("--where", nargs="*", default=[], metavar="FLAG=VALUE", help="other flags")
     parser.add_argument("--baseline", metavar="LABEL", help="row to compare with; else a lora row")
+    parser.add_argument("--svg", metavar="PICTURE", help="draw the differences into this file too")
     args = parser.parse_args(argv)
     # Runs with a held-out part chose a learning rate or a placement. They are no results.
     pairs = ["holdout=0", f"task={args.task}", *args.where]
@@ -155,8 +180,12 @@ def main(argv=None):
         runs = read_runs(args.file)
         for pair in pairs:
             runs = select(runs, *pair.split("=", 1))
-        print(table(group(runs), args.baseline))
-    except InputError as error:
+        groups = group(runs)
+        print(table(groups, args.baseline))
+        if args.svg:
+            title = f"{args.task}, {args.budget} parameters" if args.budget else args.task
+            write(args.svg, picture(title, groups, args.baseline))
+    except (InputError, OSError) as error:
         parser.error(str(error))
 
 

@@ -163,8 +163,36 @@ def test_the_picture_is_the_one_that_the_evidence_gives(tmp_path):
     assert marks.count("polyline") == 4 and marks.count("circle") == 4 * 6
 
 
+@pytest.mark.parametrize("task", ["TREC", "SICK"])
+def test_the_pictures_of_the_neighbours_are_those_that_the_evidence_gives(tmp_path, capsys, task):
+    picture = tmp_path / "forest.svg"
+    flags = ["--task", task, "--budget", "6144", "--svg", str(picture)]
+    evidence.main([str(DOCS / "neighbours.jsonl.gz"), *flags])
+    assert picture.read_bytes() == (DOCS / f"neighbours-{task}.svg").read_bytes()
+
+
 def test_the_picture_shows_mean_and_interval_by_budget():
     runs = [evidence.Run({"budget": "3072"}, seed, 70.0 + seed, 0, 0) for seed in (1, 2, 3)]
     runs += [evidence.Run({"budget": "1536"}, seed, 60.0, 0, 0) for seed in (1, 2)]
     assert figure.points(runs)[0] == (1536, 60, 0)
     assert figure.points(runs)[1] == pytest.approx((3072, 72, 2.4841), abs=1e-3)
+
+
+def test_a_forest_plot_shows_the_differences_of_the_table(show, tmp_path):
+    lines = [line(seed, 0.70 + 0.01 * seed) for seed in range(3)]
+    lines += [line(seed, 0.72 + 0.02 * seed, method="static") for seed in range(3)]  # 2, 3, 4 more
+    lines += [line(0, 0.5, method="dynamic")]  # one pair has no interval, and is left out
+    table = show(lines, "--svg", str(tmp_path / "forest.svg"))
+    mean, low, high = re.search(r"\| (\+3\.00) \[(.+), (.+)\], n = 3", table).groups()
+    root = xml.etree.ElementTree.parse(tmp_path / "forest.svg").getroot()
+    words = [mark.text for mark in root.iter() if mark.tag.endswith("text")]
+    assert "static, n = 3" in words and not any("dynamic" in word for word in words)
+
+    # Read the picture back: where 0 and +2 stand on the axis gives the scale.
+    marks = [mark for mark in root.iter() if mark.tag.endswith("text")]
+    at = {mark.text: float(mark.get("x")) for mark in marks}
+    (circle,) = [mark for mark in root.iter() if mark.tag.endswith("circle")]
+    (bar,) = [mark for mark in root.iter() if mark.get("stroke") == "#0072b2"]
+    for x, points in [(circle.get("cx"), mean), (bar.get("x1"), low), (bar.get("x2"), high)]:
+        read = 2 * (float(x) - at["0"]) / (at["+2"] - at["0"])
+        assert read == pytest.approx(float(points), abs=0.02)
