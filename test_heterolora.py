@@ -757,6 +757,7 @@ def run(*flags, out=None):
         (["--device", "hpu"], "--device hpu"),
         (["--method", "full", "--precision", "bfloat16"], "has none"),
         (["--method", "lora", "--allocator", "breadth"], "lora has no scores"),
+        (["--method", "alora", "--allocator", "breadth"], "alora has its own rule"),
         (["--holdout", "1"], "holdout"),
         (["--resume", "no/such/run"], "no/such/run"),
     ],

@@ -26,6 +26,8 @@ def check_flags(args):
     if args.method == "lora" and not needs_no_score:
         rules = "uniform, first-layers, middle-layers, last-layers"
         raise InputError(f"--method lora has no scores: --allocator may be {rules}")
+    if args.method in ("alora", "adalora") and args.allocator != "greedy":
+        raise InputError(f"--method {args.method} has its own rule: leave --allocator out")
 
 
 def read_task(args):
