@@ -278,7 +278,7 @@ def train(args):
             run.load(state)
         elif search:
             start = time.perf_counter()
-            with warmed_up(args, model, adapters, train_set):  # the head alone; put back after
+            with warmed_up(args, model, adapters, train_set):  # for the score alone
                 draws = generator(args.seed, "first probing")
                 search.reallocate(train_set.sample(args.probe_batches, args.batch_size, draws))
             progress.search_seconds += time.perf_counter() - start
