@@ -470,9 +470,9 @@ class HeteroLoRA:
         """Turn an allocation on, and everything else off."""
         set_ranks(self.adapters, ranks)
 
-    def reallocate(self, batches=None, step=0):
-        """Score, allocate and switch -> the new entry of `history`"""
-        scores = self.score(batches)
+    def reallocate(self, batches=None, step=0, scores=None):
+        """Score, if no scores are given, allocate and switch -> the new entry of `history`"""
+        scores = scores or self.score(batches)
         ranks = self.allocate(scores)
         self.switch(ranks)
         spent = cost(self.adapters, ranks)

@@ -193,6 +193,10 @@ class Classifier(nn.Module):
         D = self.config.hidden_size
         dropout = nn.Dropout(self.config.hidden_dropout_prob)
         self.head = nn.Sequential(nn.Linear(D, D), nn.Tanh(), dropout, nn.Linear(D, num_labels))
+        self.draw_head(generator)
+
+    def draw_head(self, generator=None):
+        """Give the head new initial values."""
         for linear in (self.head[0], self.head[3]):
             nn.init.normal_(linear.weight, std=self.config.initializer_range, generator=generator)
             nn.init.zeros_(linear.bias)

@@ -83,6 +83,7 @@ def parse_args(argv=None):
     add("--probe-batches", type=number(int, 0, 9999), default=8, help="batches of a score (8)")
     add("--head-warmup", type=few, default=100, help="steps before scoring (100)")
     add("--warmup-steps", type=few, default=0, help="instead: steps of all modules (0)")
+    add("--score-repeats", type=number(int, 0, 99), help="warm-ups to average over, at most (1)")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive, help="by the task: 1 to 10")
@@ -238,7 +239,7 @@ def train(args):
     from extras.allocators import plain_lora
     from extras.gradient_start import start_along_gradients
     from extras.state import Progress, State, StopSignal, data_checksum
-    from extras.warm_up import warmed_up
+    from extras.warm_up import first_allocation
 
     run = runs.Run(args.out, is_new=not args.resume)
     if run.is_finished():
@@ -278,9 +279,7 @@ def train(args):
             run.load(state)
         elif search:
             start = time.perf_counter()
-            with warmed_up(args, model, adapters, train_set):  # for the score alone
-                draws = generator(args.seed, "first probing")
-                search.reallocate(train_set.sample(args.probe_batches, args.batch_size, draws))
+            first_allocation(args, run, search, train_set)  # after a warm-up, which is undone
             progress.search_seconds += time.perf_counter() - start
             run.log_allocations(search)
         elif adapters:

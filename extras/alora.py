@@ -40,11 +40,11 @@ class ALoRA(HeteroLoRA):
         self.optimizer = optimizer
         return self
 
-    def reallocate(self, batches=None, step=0):
+    def reallocate(self, batches=None, step=0, scores=None):
         """Start uniform, or move ranks -> the new entry of `history`; after the last round None."""
         if len(self.history) > ROUNDS:
             return None
-        return super().reallocate(batches, step)
+        return super().reallocate(batches, step, scores)
 
     def score(self, batches=None):
         """Return {module name: [score of every rank that is on]}; before training 0 for each."""

@@ -39,6 +39,7 @@ NO_MATTER = {"data_dir", "device", "out", "resume", "command", "model"}  # weigh
 SHARED = {"task", "metric", "train_limit", "holdout", "model", "method", "budget", "seed"}
 SHARED |= NO_MATTER
 SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_steps"}
+SEARCH |= {"score_repeats"}
 SPACE = {"budget", "targets", "shortcuts", "rank", "alpha", "shortcut_alpha", "adapter"}
 SPACE |= {"allocator", "init"}
 UNUSED = {"dynamic": set(), "static": {"realloc_every"}, "lora": SEARCH}

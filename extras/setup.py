@@ -28,6 +28,8 @@ def check_flags(args):
         raise InputError(f"--method lora has no scores: --allocator may be {rules}")
     if args.method in ("alora", "adalora") and args.allocator != "greedy":
         raise InputError(f"--method {args.method} has its own rule: leave --allocator out")
+    if args.score_repeats and args.method not in ("static", "dynamic"):
+        raise InputError(f"--method {args.method} has no first score: leave --score-repeats out")
 
 
 def read_task(args):

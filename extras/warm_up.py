@@ -2,6 +2,9 @@
 
 Either the head trains alone (--head-warmup), or together with every module at rank 1
 (--warmup-steps), which also moves B away from 0, where some scores are 0.
+
+One warm-up is one draw of the head, of its examples and of the probe batches, and scores differ
+from draw to draw. --score-repeats averages over several.
 """
 
 import contextlib
@@ -15,13 +18,66 @@ RANK = 1  # of every module in a joint warm-up
 HEAD_BATCHES = 32  # that the head is trained on, again and again
 
 
-@contextlib.contextmanager
-def warmed_up(args, model, adapters, train_set):
-    """Train as the flags say, for what is done inside, and put every value back afterwards."""
+def first_allocation(args, run, search, train_set):
+    """Make the first allocation, from the mean score of at most --score-repeats warm-ups.
+
+    It ends sooner once a further score leaves the allocation as it was.
+    """
+    rounds = []
+    before = None
+    for repeat in range(args.score_repeats or 1):
+        with warmed_up(args, search.model, search.adapters, train_set, repeat):
+            draws = draws_for(args, "first probing", repeat)
+            batches = train_set.sample(args.probe_batches, args.batch_size, draws)
+            rounds.append(search.score(batches))
+        search.generator.manual_seed(search.seed)  # ties are broken in the same way every time
+        ranks = search.reallocate(scores=mean_scores(rounds))["ranks"]
+        if ranks == before:
+            break
+        before = ranks
+    del search.history[:-1]
+    if args.score_repeats:
+        run.log(f"score   mean of {len(rounds)} warm-ups")
+
+
+def mean_scores(rounds):
+    """Return the mean of a list of scores, each {module name: score, or list of scores}.
+
+    All are scaled to the mean size of the first: the better a head fits, the smaller are all
+    gradients, and the warm-up with the worst head shall not outweigh the others.
+    """
+    means = {}
+    for name in rounds[0]:
+        values = [torch.tensor(scores[name], dtype=torch.double) for scores in rounds]
+        factors = [mean_size(rounds[0]) / mean_size(scores) for scores in rounds]
+        scaled = [value * factor for value, factor in zip(values, factors, strict=True)]
+        means[name] = (sum(scaled) / len(scaled)).tolist()
+    return means
+
+
+def mean_size(scores):
+    """Return the mean absolute value of all scores, 1 if all are 0."""
+    values = [torch.tensor(score, dtype=torch.double).flatten() for score in scores.values()]
+    return torch.cat(values).abs().mean().item() or 1.0
+
+
+def draws_for(args, purpose, repeat):
+    """Return random numbers for a purpose; every repeat has others."""
     from train import generator
 
-    draws = generator(args.seed, "warm-up")
+    return generator(args.seed, f"{purpose} {repeat}" if repeat else purpose)
+
+
+@contextlib.contextmanager
+def warmed_up(args, model, adapters, train_set, repeat=0):
+    """Train as the flags say, for what is done inside, and put every value back afterwards.
+
+    The first repeat starts from the head as it is, a later one from a new head.
+    """
+    draws = draws_for(args, "warm-up", repeat)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    if repeat:
+        model.draw_head(draws_for(args, "head", repeat))
     heterolora.set_ranks(adapters, {})
     if args.warmup_steps:
         heterolora.set_ranks(adapters, dict.fromkeys(adapters, RANK))

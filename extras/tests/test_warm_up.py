@@ -8,16 +8,18 @@ import torch
 import data
 import heterolora
 import train
-from extras.warm_up import warmed_up
+from extras.runs import Run
+from extras.warm_up import first_allocation, mean_scores, warmed_up
 
 
+@pytest.mark.parametrize("repeat", [0, 1])
 @pytest.mark.parametrize("flags", [["--method", "static"], ["--warmup-steps", "4"]])
-def test_the_warm_up_trains_what_it_should_and_is_undone(flags):
+def test_the_warm_up_trains_what_it_should_and_is_undone(flags, repeat):
     args = train.parse_args([*flags, "--train-limit", "64", "--precision", "float32"])
     task, tokenizer, model, adapters = train.prepare(args)
     split = data.Split(task.train, tokenizer, 32, "cpu")
     before = copy.deepcopy(model.state_dict())
-    with warmed_up(args, model, adapters, split):
+    with warmed_up(args, model, adapters, split, repeat):
         changed = {
             name for name, value in model.state_dict().items() if (value != before[name]).any()
         }
@@ -38,3 +40,72 @@ def test_without_a_warm_up_nothing_changes():
     with warmed_up(args, model, adapters, split):
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert heterolora.cost(adapters) == 0
+
+
+def test_a_repeat_starts_from_a_new_head():
+    args, search, split = a_search("--head-warmup", "0")
+    head = search.model.head[0].weight
+    before = head.detach().clone()
+    with warmed_up(args, search.model, search.adapters, split, repeat=1):
+        assert not torch.equal(head, before)
+        assert head.std().item() == pytest.approx(before.std().item(), rel=0.05)
+    assert torch.equal(head, before)
+
+
+def a_search(*flags):
+    """Return the flags, a search with an encoder of its own, and examples."""
+    flags = ["--method", "static", "--train-limit", "64", "--head-warmup", "8", *flags]
+    args = train.parse_args([*flags, "--precision", "float32", "--probe-batches", "1"])
+    task, tokenizer, model, adapters = train.prepare(args)
+    search = heterolora.HeteroLoRA(
+        model, adapters, int(args.budget), train.loss_fn, args.proxy, args.allocator, args.seed
+    )
+    return args, search, data.Split(task.train, tokenizer, 32, "cpu")
+
+
+def scores_after(args, search, split, repeat):
+    """Return the scores of one warm-up, by hand."""
+    with warmed_up(args, search.model, search.adapters, split, repeat):
+        purpose = f"first probing {repeat}" if repeat else "first probing"
+        draws = train.generator(args.seed, purpose)
+        return search.score(split.sample(1, args.batch_size, draws))
+
+
+def test_the_first_allocation_uses_the_mean_score_of_warm_ups_that_differ():
+    args, search, split = a_search("--score-repeats", "2")
+    first, second = (scores_after(args, search, split, repeat) for repeat in range(2))
+    factor = sum(first.values()) / sum(second.values())
+    expected = {name: (first[name] + factor * second[name]) / 2 for name in first}
+    assert max(abs(first[name] / expected[name] - 1) for name in first) > 0.01
+    first_allocation(args, Run(None, is_new=True), search, split)
+    assert len(search.history) == 1
+    assert search.history[0]["scores"] == pytest.approx(expected, rel=1e-4)
+    assert heterolora.cost(search.adapters) == search.history[0]["parameters"] > 0
+
+
+def test_without_score_repeats_the_scores_are_those_of_one_warm_up():
+    args, search, split = a_search()
+    expected = scores_after(args, search, split, 0)
+    first_allocation(args, Run(None, is_new=True), search, split)
+    assert search.history[0]["scores"] == expected
+
+
+def test_repeats_end_once_the_allocation_stays(capsys):
+    args, search, split = a_search("--score-repeats", "9", "--proxy", "alignment-by-type")
+    first_allocation(args, Run(None, is_new=True), search, split)
+    assert "mean of 2 warm-ups" in capsys.readouterr().out
+    assert len(search.history) == 1
+
+
+def test_mean_scores_take_each_rank_for_itself_and_no_round_outweighs_another():
+    small = {"a": [1.0, 3.0], "b": -2.0}  # mean size 2
+    large = {"a": [100.0, 0.0], "b": 200.0}  # mean size 100: divide by 50
+    assert mean_scores([small, large]) == {"a": [1.5, 1.5], "b": 1.0}
+    nothing = {"a": [0.0, 0.0], "b": 0.0}
+    assert mean_scores([nothing, nothing]) == nothing
+
+
+def test_only_a_search_with_a_first_score_can_repeat_it():
+    args = train.parse_args(["--method", "lora", "--score-repeats", "2"])
+    with pytest.raises(data.InputError, match="no first score"):
+        train.prepare(args)
