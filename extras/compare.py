@@ -27,8 +27,8 @@ import extras.allocators  # noqa: F401  they register what a contender can name
 import extras.proxies  # noqa: F401
 import train
 from data import InputError
-from extras.evidence import paired_difference
 from extras.flags import number
+from extras.intervals import mean_and_half_width
 from extras.show import jaccard
 from heterolora import ALLOCATORS, PROXIES
 
@@ -114,7 +114,7 @@ def read_results(path):
             try:
                 record = json.loads(line)
                 results[as_key(record["flags"])] = dict(record["result"])
-            except (ValueError, KeyError, TypeError):
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
                 warnings.warn(f"{path}, line {number}: not a result; left out", stacklevel=2)
     return results
 
@@ -188,7 +188,7 @@ def difference(runs, others):
             differences.append(100 * (result["last"] - other["last"]))
     if runs is others or not differences:
         return ""
-    mean, half = paired_difference(differences)
+    mean, half = mean_and_half_width(differences)
     if len(differences) == 1:
         return f"{mean:+.2f}"
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"

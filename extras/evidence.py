@@ -15,128 +15,155 @@ import statistics
 import warnings
 import zlib
 
-import numpy as np
-
 from data import InputError
+from extras import forest
 from extras.files import write
+from extras.intervals import mean_and_half_width
 
-# Flags that a label leaves out at these values: they are what the paper does.
+# Usual values of flags: a label does not show them.
 USUAL = {
     "allocator": "greedy",
     "adapter": "lora",
     "granularity": "module",
+    "holdout": "0",
     "probe_batches": "8",
     "warmup_steps": "0",
 }
 
-Run = collections.namedtuple("Run", "flags seed score parameters ever")  # score: metric times 100
-
-
-def student_t(p, freedom):
-    """Return the p-quantile of Student's t, 0.5 <= p < 1, with `freedom` degrees of freedom."""
-    # With t = sqrt(freedom) tan(u) the density is proportional to cos(u)^(freedom - 1).
-    u = np.linspace(0, math.pi / 2, 200_001)
-    middles = (u[1:] + u[:-1]) / 2
-    area = np.cumsum(np.cos(middles) ** (freedom - 1))
-    quantile = np.interp((2 * p - 1) * area[-1], area, u[1:])
-    return math.sqrt(freedom) * math.tan(quantile)
-
-
-def paired_difference(differences):
-    """Return (mean, half width of its 95 % interval), infinite where there is one difference."""
-    mean = statistics.mean(differences)
-    n = len(differences)
-    if n == 1:
-        return mean, math.inf
-    error = statistics.stdev(differences) / math.sqrt(n)
-    return mean, error * student_t(0.975, n - 1)
+# score: the metric after the last epoch, times 100. None: the run failed.
+Run = collections.namedtuple("Run", "flags seed score parameters ever_trained")
 
 
 def as_text(value):
-    """Return the value of a flag as labels show it and --where takes it: q,v or 0.003."""
+    """Return the value of a flag as labels show it: q,v or 0.003."""
     if isinstance(value, list):
-        return ",".join(value)
-    if value is None or isinstance(value, float):
-        return f"{value or 0:g}"  # None is a flag that is off, as 0 is
-    return str(value)
+        return ",".join(value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read_runs(path):
-    """Return the runs in a file. Raises InputError for a line that is no run."""
+    """Return the runs in a file, with the flags that were set.
+
+    A line that was written in part is left out, with a warning. Raises InputError for anything
+    else that is no run, or if there are no runs.
+    """
     opener = gzip.open if path.endswith(".gz") else open
     runs = []
-    lines = 0
+    number = 1
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            for lines, line in enumerate(file, 1):
-                record = json.loads(line)  # {"flags": {name: value}, "result": {name: value}}
-                result = record["result"]
-                if "failed" in result:
-                    reason = f"a run that failed, {result['failed']}; left out"
-                    warnings.warn(f"{path}, line {lines}: {reason}", stacklevel=2)
+            for number, line in enumerate(file, 1):
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    warnings.warn(f"{path}, line {number}, is not whole: left out", stacklevel=2)
                     continue
-                flags = {flag: as_text(value) for flag, value in record["flags"].items()}
-                seed = flags.pop("seed")
-                score = 100 * result["last"]  # after the last epoch
-                ever = result["params_ever_trained"]
-                runs.append(Run(flags, seed, score, result["params_active"], ever))
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}, line {max(lines, 1)}, is no finished run: {error}") from None
+                runs.append(as_run(record))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}, line {number}, is no finished run: {error!r}") from None
+    if not runs:
+        raise InputError(f"{path} holds no finished run")
     return runs
 
 
-def select(runs, flag, text=""):
+def as_run(record):
+    """Return the Run of {"flags": {name: value}, "result": {name: value}}."""
+    set_flags = {flag: value for flag, value in record["flags"].items() if value is not None}
+    flags = {flag: as_text(value) for flag, value in set_flags.items()}
+    seed = flags.pop("seed")
+    flags["method"], flags["task"]  # every run has them
+    result = record["result"]
+    if "failed" in result:
+        return Run(flags, seed, None, 0, 0)
+    score = 100 * float(result["last"])
+    if not math.isfinite(score):
+        raise ValueError(f"the metric is {score}")
+    return Run(flags, seed, score, int(result["params_active"]), int(result["params_ever_trained"]))
+
+
+def select(runs, flag, text):
     """Return the runs with this flag and those that lack it. Raises InputError if none has it."""
-    chosen = [run for run in runs if run.flags.get(flag, text) == text]
-    if not any(flag in run.flags for run in chosen):
-        raise InputError(f"no run has {flag}={text} and all flags before it")
-    return chosen
+    found = sorted({run.flags[flag] for run in runs if flag in run.flags})
+    if text not in found:
+        there = f"there are {', '.join(found)}" if found else "none has this flag"
+        raise InputError(f"no run has {flag}={text}; with the flags before it {there}")
+    return [run for run in runs if run.flags.get(flag, text) == text]
+
+
+def results_only(runs):
+    """Return the runs on dev. Those with a held-out part have chosen a flag's value for others."""
+    return [run for run in runs if run.flags.get("holdout", "0") == "0"]
 
 
 def group(runs):
-    """Return {label: {seed: run}}, in the order of the file."""
-    values = {}
+    """Return {label: {seed: run}}, in the order of the file. Raises InputError for a run twice.
+
+    A label shows a flag if it has several values, or if some runs of a method have it and some not.
+    """
+    values = {}  # of all runs that have the flag
+    number_of = collections.Counter()  # runs of a method, and those that have a flag
     for run in runs:
+        method = run.flags["method"]
+        number_of[method] += 1
         for flag, text in run.flags.items():
             values.setdefault(flag, set()).add(text)
+            number_of[method, flag] += 1
     groups = {}
     for run in runs:
-        label = run.flags["method"]
+        method = run.flags["method"]
+        label = method
         for flag, text in sorted(run.flags.items()):
-            differs = flag != "method" and len(values[flag]) > 1
-            if differs and text != USUAL.get(flag):
+            differs = len(values[flag]) > 1 or number_of[method, flag] < number_of[method]
+            if flag != "method" and differs and text != USUAL.get(flag):
                 label += f" {flag}={text}"
-        groups.setdefault(label, {})[run.seed] = run
+        seeds = groups.setdefault(label, {})
+        if run.seed in seeds:
+            raise InputError(f"two runs are {label} seed {run.seed}: choose with --where")
+        seeds[run.seed] = run
     return groups
 
 
-def gain_over(baseline, seeds):
-    """Return (mean difference, half width of its interval, n) over shared seeds, None for < 2."""
-    shared = seeds.keys() & baseline.keys()
-    if len(shared) < 2 or seeds is baseline:
+def ended(runs):
+    """Return {seed: score} of the runs of a row that did not fail."""
+    return {seed: run.score for seed, run in runs.items() if run.score is not None}
+
+
+def gain_over(baseline, runs):
+    """Return (mean difference, half width of its interval, number of seeds in both rows).
+
+    None for the baseline itself, or if fewer than two seeds ended in both.
+    """
+    scores, others = ended(runs), ended(baseline)
+    shared = scores.keys() & others.keys()
+    if len(shared) < 2 or runs is baseline:
         return None
-    differences = [seeds[seed].score - baseline[seed].score for seed in shared]
-    return *paired_difference(differences), len(shared)
+    return *mean_and_half_width([scores[seed] - others[seed] for seed in shared]), len(shared)
 
 
-def row(label, seeds, baseline):
-    """Return a line of the table, with the difference over the seeds that both groups have."""
-    scores = [run.score for run in seeds.values()]
-    level = f"{statistics.mean(scores):.2f}"
+def row(label, runs, baseline):
+    """Return a line of the table: level, parameters, and the difference to the baseline."""
+    scores = list(ended(runs).values())
+    n = str(len(scores)) if len(scores) == len(runs) else f"{len(scores)} of {len(runs)}"
+    level = f"{statistics.mean(scores):.2f}" if scores else ""
     if len(scores) > 1:
         level += f" ± {statistics.stdev(scores):.2f}"
-    parameters = max(run.parameters for run in seeds.values())
-    ever = max(run.ever for run in seeds.values())
+    parameters = max(run.parameters for run in runs.values())
+    ever = max(run.ever_trained for run in runs.values())
     told = ""
-    if gain := gain_over(baseline, seeds):
-        mean, half, n = gain
-        told = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], n = {n}"
-    return f"| `{label}` | {len(scores)} | {level} | {parameters:,} | {ever:,} | {told} |"
+    if gain := gain_over(baseline, runs):
+        mean, half, n_pairs = gain
+        told = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], n = {n_pairs}"
+    return f"| `{label}` | {n} | {level} | {parameters:,} | {ever:,} | {told} |"
 
 
 def in_order(groups, baseline=None):
-    """Return the labels, lora first, and the one to compare with. Raises InputError if unknown."""
-    labels = sorted(groups, key=lambda label: not label.startswith("lora"))
+    """Return the labels, LoRA first, and the one to compare with: the first, if none is given.
+
+    Raises InputError if `baseline` is not a label.
+    """
+    labels = sorted(groups, key=lambda label: (not label.startswith("lora"), "adapter=" in label))
     baseline = baseline or labels[0]
     if baseline not in groups:
         raise InputError(f"--baseline {baseline!r} is not a row; leave it out to see the rows")
@@ -144,7 +171,7 @@ def in_order(groups, baseline=None):
 
 
 def table(groups, baseline=None):
-    """Return a Markdown table, lora rows first. Raises InputError if `baseline` is not a label."""
+    """Return a Markdown table, LoRA first. Raises InputError if `baseline` is not a label."""
     labels, baseline = in_order(groups, baseline)
     head = "method | n | mean ± sd | parameters | ever trained"
     lines = [f"| {head} | minus `{baseline}` [95 %] |", "|---|---|---|---|---|---|"]
@@ -154,12 +181,15 @@ def table(groups, baseline=None):
 
 
 def picture(title, groups, baseline=None):
-    """Return the last column of `table` as a forest plot in SVG. Raises InputError."""
-    from extras import forest
+    """Return the last column of `table` as a forest plot in SVG.
 
+    Raises InputError if `baseline` is not a label, or if there is no difference to draw.
+    """
     labels, baseline = in_order(groups, baseline)
     gains = {label: gain_over(groups[baseline], groups[label]) for label in labels}
     gains = {label: gain for label, gain in gains.items() if gain}
+    if not gains:
+        raise InputError(f"no row shares two seeds with {baseline!r}: there is nothing to draw")
     return forest.draw(title, baseline, gains)
 
 
@@ -169,22 +199,26 @@ def main(argv=None):
     parser.add_argument("--task", required=True)
     parser.add_argument("--budget", help="adapter parameters that a run may use")
     parser.add_argument("--where", nargs="*", default=[], metavar="FLAG=VALUE", help="other flags")
-    parser.add_argument("--baseline", metavar="LABEL", help="row to compare with; else a lora row")
+    parser.add_argument("--baseline", metavar="LABEL", help="row to compare with (the first)")
     parser.add_argument("--svg", metavar="PICTURE", help="draw the differences into this file too")
     args = parser.parse_args(argv)
-    # Runs with a held-out part chose a learning rate or a placement. They are no results.
-    pairs = ["holdout=0", f"task={args.task}", *args.where]
+    for pair in args.where:
+        if "=" not in pair:
+            parser.error(f"--where {pair}: want FLAG=VALUE, such as lr=0.003")
+    title = [args.task]
+    pairs = [f"task={args.task}"]
     if args.budget:
-        pairs.append(f"budget={args.budget}")
+        budget = args.budget.replace(",", "")
+        pairs.append(f"budget={budget}")
+        title.append(f"a budget of {budget} parameters")
     try:
-        runs = read_runs(args.file)
-        for pair in pairs:
+        runs = results_only(read_runs(args.file))
+        for pair in pairs + args.where:
             runs = select(runs, *pair.split("=", 1))
         groups = group(runs)
-        print(table(groups, args.baseline))
         if args.svg:
-            title = f"{args.task}, {args.budget} parameters" if args.budget else args.task
-            write(args.svg, picture(title, groups, args.baseline))
+            write(args.svg, picture(", ".join(title + args.where), groups, args.baseline))
+        print(table(groups, args.baseline))
     except (InputError, OSError) as error:
         parser.error(str(error))
 

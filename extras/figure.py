@@ -7,10 +7,12 @@ import argparse
 import math
 
 from data import InputError
-from extras.evidence import paired_difference, read_runs, select
+from extras.evidence import read_runs, results_only, select
 from extras.files import write
+from extras.forest import segment, text
+from extras.intervals import mean_and_half_width
 
-COMMON = {"task": "mrpc", "holdout": "0", "lr": "0.003", "epochs": "3"}
+COMMON = {"task": "mrpc", "lr": "0.003", "epochs": "3"}
 LINES = {  # label: (colour, flags)
     "LoRA on v, no search": ("#007a5a", {"method": "lora", "targets": "v"}),
     "paper: dynamic, grad-norm": ("#d55e00", {"method": "dynamic", "proxy": "grad-norm"}),
@@ -37,16 +39,7 @@ def points(runs):
     scores = {}
     for run in runs:
         scores.setdefault(int(run.flags["budget"]), []).append(run.score)
-    return [(budget, *paired_difference(scores[budget])) for budget in sorted(scores)]
-
-
-def text(x, y, words, more=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{words}</text>'
-
-
-def segment(x1, y1, x2, y2, colour, width):
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{colour}" stroke-width="{width}"/>'
+    return [(budget, *mean_and_half_width(scores[budget])) for budget in sorted(scores)]
 
 
 def axes():
@@ -101,7 +94,7 @@ def main(argv=None):
     parser.add_argument("svg", help="the picture to write")
     args = parser.parse_args(argv)
     try:
-        write(args.svg, draw(read_runs(args.file)))
+        write(args.svg, draw(results_only(read_runs(args.file))))
     except (InputError, OSError) as error:
         parser.error(str(error))
 

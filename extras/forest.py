@@ -9,26 +9,33 @@ than the baseline; an interval that crosses the line does not say which is bette
 import html
 import math
 
-from extras.figure import segment, text
-
-HALF = 200  # pixels from the line at 0, which is x = 0, to either edge of the plot
-LETTER = 7  # pixels; labels stand left of the plot, and the longest one makes the picture wide
+REACH = 200  # pixels from the line at 0, which is x = 0, to either edge of the plot
+LETTER = 7  # about the width of a letter, in pixels: the longest text makes the picture wide
 TOP, ROW = 70, 26  # the first row, and the height of one
 STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # between two ticks, in points
 
 
+def text(x, y, words, more=""):
+    return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{words}</text>'
+
+
+def segment(x1, y1, x2, y2, colour, width):
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="{colour}" stroke-width="{width}"/>'
+
+
 def scale_of(gains):
     """Return (the largest number on the axis, the step between its ticks), in points."""
-    widest = max((abs(mean) + half for mean, half, _ in gains.values()), default=1.0)
-    step = next((step for step in STEPS if 4 * step >= widest), 100)
-    return step * max(1, math.ceil(widest / step)), step
+    widest = max(abs(mean) + half for mean, half, _ in gains.values())
+    step = next((step for step in STEPS if 4 * step >= widest), 100)  # 4 ticks on a side at most
+    return step * math.ceil(widest / step) or step, step
 
 
-def axis(most, step, bottom):
+def axis(limit, step, bottom):
     """Return vertical lines with their numbers, the one at 0 darker."""
     marks = []
-    for i in range(-round(most / step), round(most / step) + 1):
-        x = i * step / most * HALF
+    for i in range(-round(limit / step), round(limit / step) + 1):
+        x = i * step / limit * REACH
         colour = "#444444" if i == 0 else "#dddddd"
         marks.append(segment(x, TOP - 14, x, bottom, colour, 1))
         marks.append(text(x, bottom + 18, f"{i * step:+g}" if i else "0", 'text-anchor="middle"'))
@@ -37,10 +44,13 @@ def axis(most, step, bottom):
 
 def draw(title, baseline, gains):
     """Return the picture as SVG. gains: {label: (mean difference, half width, n)}, in points."""
-    most, step = scale_of(gains)
-    unit = HALF / most  # pixels for a point
-    left = -HALF - 30 - LETTER * max([len(label) + 7 for label in gains], default=40)
-    width = HALF + 30 - left
+    limit, step = scale_of(gains)
+    unit = REACH / limit  # pixels for a point
+    labels = [f"{label}, n = {n}" for label, (_, _, n) in gains.items()]
+    subtitle = f"minus {baseline}: mean and 95 % interval, in points; right of 0 is better"
+    widest = max(LETTER * max(map(len, labels)), LETTER * len(subtitle) - 2 * REACH)
+    left = -REACH - 30 - widest
+    width = REACH + 30 - left
     bottom = TOP + ROW * len(gains)
     height = bottom + 34
     style = 'font-family="sans-serif" font-size="12" fill="#222222"'
@@ -48,13 +58,13 @@ def draw(title, baseline, gains):
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} 0 {width} {height}" {style}>',
         f'<rect x="{left}" width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
         text(left + 16, 24, html.escape(title), 'font-weight="bold"'),
-        text(left + 16, 42, html.escape(f"minus {baseline}; mean and 95 % interval, in points")),
-        *axis(most, step, bottom),
+        text(left + 16, 42, html.escape(subtitle)),
+        *axis(limit, step, bottom),
     ]
-    for number, (label, (mean, half, n)) in enumerate(gains.items()):
+    for number, (mean, half, _) in enumerate(gains.values()):
         y = TOP + ROW * number + 6
-        words = html.escape(f"{label}, n = {n}")
-        marks.append(text(-HALF - 10, y + 4, words, 'text-anchor="end"'))
+        words = html.escape(labels[number])
+        marks.append(text(-REACH - 10, y + 4, words, 'text-anchor="end"'))
         marks.append(segment(unit * (mean - half), y, unit * (mean + half), y, "#0072b2", 2))
         marks.append(f'<circle cx="{unit * mean:.1f}" cy="{y}" r="4" fill="#0072b2"/>')
     return "\n".join([*marks, "</svg>", ""])

@@ -1,4 +1,4 @@
-"""Claims about the tables and the picture of docs/, which are made from finished runs."""
+"""Claims about the tables and pictures of docs/, which are made from finished runs."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ import xml.etree.ElementTree
 
 import pytest
 
-from extras import evidence, figure
+from extras import evidence, figure, intervals
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PARAMETERS = {"params_active": 3072, "params_ever_trained": 4096}
@@ -50,18 +50,18 @@ def show(tmp_path, capsys):
     ],
 )
 def test_quantiles_of_student_t_are_those_of_the_printed_table(p, freedom, t):
-    assert evidence.student_t(p, freedom) == pytest.approx(t, abs=1e-3)
+    assert intervals.student_t(p, freedom) == pytest.approx(t, abs=1e-3)
 
 
 def test_the_interval_of_a_paired_difference_is_the_one_worked_out_by_hand():
     # Mean 2, standard deviation 1, standard error 1 / sqrt(3), and t = 4.3027 with 2 degrees.
-    assert evidence.paired_difference([1, 2, 3]) == pytest.approx(
+    assert intervals.mean_and_half_width([1, 2, 3]) == pytest.approx(
         (2, 4.3027 / math.sqrt(3)), abs=1e-4
     )
 
 
 def test_one_difference_says_nothing_about_its_error():
-    assert evidence.paired_difference([1.5]) == (1.5, math.inf)
+    assert intervals.mean_and_half_width([1.5]) == (1.5, math.inf)
 
 
 def test_a_difference_is_over_the_seeds_that_both_rows_have(show):
@@ -104,10 +104,12 @@ def test_another_row_can_be_the_baseline(show):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--where", "lr=5"], "no run has lr=5"),
-        (["--where", "speed=5"], "no run has speed=5"),
-        (["--budget", "7"], "no run has budget=7"),
+        (["--where", "lr=5"], "no run has lr=5; with the flags before it there are 0.001"),
+        (["--where", "speed=5"], "no run has speed=5; with the flags before it none has this flag"),
+        (["--where", "speed"], "--where speed: want FLAG=VALUE"),
+        (["--budget", "7"], "no run has budget=7; with the flags before it there are 3072"),
         (["--baseline", "full"], "'full' is not a row"),
+        (["--svg", "none.svg"], "there is nothing to draw"),
     ],
 )
 def test_what_no_run_has_is_refused_in_one_line(show, capsys, arguments, message):
@@ -117,32 +119,64 @@ def test_what_no_run_has_is_refused_in_one_line(show, capsys, arguments, message
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_same_run_twice_is_refused(show, capsys):
+    with pytest.raises(SystemExit):
+        show([line(0, 0.7), line(0, 0.9)])
+    assert "two runs are lora seed 0" in capsys.readouterr().err
+
+
+def test_a_flag_that_only_some_runs_of_a_method_have_is_in_their_label(show):
+    lines = [line(0, 0.7, method="static"), line(0, 0.5, method="static", score_repeats=4)]
+    table = show([*lines, line(0, 0.6)])
+    assert "| `static` | 1 | 70.00 |" in table
+    assert "| `static score_repeats=4` | 1 | 50.00 |" in table
+    assert "| `lora` | 1 | 60.00 |" in table
+
+
+def test_plain_lora_is_the_baseline_wherever_it_stands_in_the_file(show):
+    lines = [line(0, 0.7, method="static"), line(0, 0.7, adapter="xs"), line(0, 0.7)]
+    assert "minus `lora` [95 %]" in show(lines)
+
+
 @pytest.mark.parametrize(
-    "content",
+    "second",
     [
-        line(0, 0.7) + "{",
-        line(0, 0.7) + "[]\n",
-        line(0, 0.7) + '{"flags": {"seed": 1}, "result": {"loss": 1}}\n',
+        "[]",
+        '{"flags": [], "result": {}}',
+        '{"flags": {"seed": 1, "task": "a", "method": "lora"}, "result": {"loss": 1}}',
+        line(1, math.nan).strip(),
+        line(1, "high").strip(),
+        '{"flags": {"seed": 1, "task": "a"}, "result": {"failed": "the loss is nan"}}',
     ],
 )
-def test_a_line_that_is_no_run_is_named(show, capsys, content):
+def test_a_line_that_is_no_run_is_named(show, capsys, second):
     with pytest.raises(SystemExit):
-        show([content])
+        show([line(0, 0.7), second])
     assert "runs.jsonl, line 2, is no finished run" in capsys.readouterr().err
 
 
-def test_a_run_that_diverged_is_left_out_and_said(show):
-    failed = '{"flags": {"seed": 1}, "result": {"failed": "the loss is nan"}}\n'
-    with pytest.warns(UserWarning, match="line 2: a run that failed, the loss is nan"):
-        show([line(0, 0.7) + failed])
+def test_a_line_that_was_written_in_part_is_left_out_with_a_warning(show):
+    with pytest.warns(UserWarning, match="line 2, is not whole"):
+        table = show([line(0, 0.7), line(1, 0.9)[:40] + "\n", line(2, 0.8)])
+    assert "| `lora` | 2 | 75.00 " in table
 
 
-def test_a_missing_or_truncated_file_is_refused(tmp_path):
+def test_a_run_that_diverged_is_counted(show):
+    flags = {"task": "mrpc", "method": "lora", "seed": 1}
+    failed = json.dumps({"flags": flags, "result": {"failed": "the loss is nan"}})
+    assert "| `lora` | 1 of 2 | 70.00 | 3,072 |" in show([line(0, 0.7), failed])
+
+
+def test_a_file_that_is_missing_empty_or_truncated_is_refused(tmp_path, capsys):
     path = tmp_path / "runs.jsonl.gz"
     path.write_bytes(gzip.compress(line(0, 0.7).encode() * 1000)[:-9])
-    for name in (path, tmp_path / "missing.jsonl"):
-        with pytest.raises(evidence.InputError, match="is no finished run"):
-            evidence.read_runs(str(name))
+    (tmp_path / "empty.jsonl").touch()
+    errors = {path: "is damaged", tmp_path / "missing.jsonl": "No such file"}
+    errors |= {tmp_path / "empty.jsonl": "holds no finished run"}
+    for name, message in errors.items():
+        with pytest.raises(SystemExit):
+            evidence.main([str(name), "--task", "mrpc"])
+        assert message in capsys.readouterr().err
 
 
 def test_the_commands_of_the_results_print_the_tables_beside_them(capsys):
@@ -182,10 +216,12 @@ def test_a_forest_plot_shows_the_differences_of_the_table(show, tmp_path):
     lines = [line(seed, 0.70 + 0.01 * seed) for seed in range(3)]
     lines += [line(seed, 0.72 + 0.02 * seed, method="static") for seed in range(3)]  # 2, 3, 4 more
     lines += [line(0, 0.5, method="dynamic")]  # one pair has no interval, and is left out
-    table = show(lines, "--svg", str(tmp_path / "forest.svg"))
+    lines = [text.replace("mrpc", "<&>") for text in lines]
+    table = show(lines, "--task", "<&>", "--svg", str(tmp_path / "forest.svg"))
     mean, low, high = re.search(r"\| (\+3\.00) \[(.+), (.+)\], n = 3", table).groups()
     root = xml.etree.ElementTree.parse(tmp_path / "forest.svg").getroot()
     words = [mark.text for mark in root.iter() if mark.tag.endswith("text")]
+    assert words[0] == "<&>"
     assert "static, n = 3" in words and not any("dynamic" in word for word in words)
 
     # Read the picture back: where 0 and +2 stand on the axis gives the scale.
