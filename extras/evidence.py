@@ -15,10 +15,12 @@ import statistics
 import warnings
 import zlib
 
+import numpy as np
+
 from data import InputError
 from extras import forest
 from extras.files import write
-from extras.intervals import mean_and_half_width
+from extras.intervals import detectable, mean_and_half_width, over_examples
 
 # Usual values of flags: a label does not show them.
 USUAL = {
@@ -30,8 +32,11 @@ USUAL = {
     "warmup_steps": "0",
 }
 
-# score: the metric after the last epoch, times 100. None: the run failed.
-Run = collections.namedtuple("Run", "flags seed score parameters ever_trained")
+# score: the metric after the last epoch, times 100. None: the run failed. right: whether it was
+# right, for every example, or None where the run did not keep that.
+Run = collections.namedtuple(
+    "Run", "flags seed score parameters ever_trained right", defaults=[None]
+)
 
 
 def as_text(value):
@@ -80,7 +85,17 @@ def as_run(record):
     score = 100 * float(result["last"])
     if not math.isfinite(score):
         raise ValueError(f"the metric is {score}")
-    return Run(flags, seed, score, int(result["params_active"]), int(result["params_ever_trained"]))
+    sizes = int(result["params_active"]), int(result["params_ever_trained"])
+    return Run(flags, seed, score, *sizes, which_are_right(result.get("dev", {})))
+
+
+def which_are_right(dev):
+    """Return the bits that a run kept of its last evaluation (n,), as 0 and 1; None without."""
+    if "right" not in dev:
+        return None
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(dev["right"]), np.uint8))  # filled up with 0
+    accuracy = dev.get("accuracy")
+    return bits[: round(bits.sum() / accuracy)] if accuracy else bits
 
 
 def select(runs, flag, text):
@@ -130,20 +145,39 @@ def ended(runs):
     return {seed: run.score for seed, run in runs.items() if run.score is not None}
 
 
-def gain_over(baseline, runs):
-    """Return (mean difference, half width of its interval, number of seeds in both rows).
-
-    None for the baseline itself, or if fewer than two seeds ended in both.
-    """
+def differences(runs, baseline):
+    """Return {seed: difference of the scores}, for the seeds that ended in both rows."""
     scores, others = ended(runs), ended(baseline)
-    shared = scores.keys() & others.keys()
-    if len(shared) < 2 or runs is baseline:
+    return {seed: scores[seed] - others[seed] for seed in scores if seed in others}
+
+
+def gain_over(baseline, runs):
+    """Return (mean difference, half width of its interval, number of pairs).
+
+    None for the baseline itself, or if there are fewer than two pairs.
+    """
+    pairs = differences(runs, baseline)
+    if len(pairs) < 2 or runs is baseline:
         return None
-    return *mean_and_half_width([scores[seed] - others[seed] for seed in shared]), len(shared)
+    return *mean_and_half_width(pairs.values()), len(pairs)
+
+
+def details(runs, baseline):
+    """Return two cells: an interval over examples (of accuracy), and what would have shown."""
+    pairs = differences(runs, baseline)
+    if len(pairs) < 2 or runs is baseline:
+        return ["", ""]
+    bits = [(runs[seed].right, baseline[seed].right) for seed in pairs]
+    interval = ""
+    if all(right is not None and other is not None for right, other in bits):
+        by_example = np.mean([1.0 * right - other for right, other in bits], axis=0)  # over seeds
+        low, high = over_examples(by_example)
+        interval = f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+    return [interval, f"{detectable(pairs.values()):.2f}"]
 
 
 def row(label, runs, baseline):
-    """Return a line of the table: level, parameters, and the difference to the baseline."""
+    """Return cells of the table: level, parameters, and the difference to the baseline."""
     scores = list(ended(runs).values())
     n = str(len(scores)) if len(scores) == len(runs) else f"{len(scores)} of {len(runs)}"
     level = f"{statistics.mean(scores):.2f}" if scores else ""
@@ -155,7 +189,7 @@ def row(label, runs, baseline):
     if gain := gain_over(baseline, runs):
         mean, half, n_pairs = gain
         told = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], n = {n_pairs}"
-    return f"| `{label}` | {n} | {level} | {parameters:,} | {ever:,} | {told} |"
+    return [f"`{label}`", n, level, f"{parameters:,}", f"{ever:,}", told]
 
 
 def in_order(groups, baseline=None):
@@ -170,13 +204,17 @@ def in_order(groups, baseline=None):
     return labels, baseline
 
 
-def table(groups, baseline=None):
+def table(groups, baseline=None, has_details=False):
     """Return a Markdown table, LoRA first. Raises InputError if `baseline` is not a label."""
     labels, baseline = in_order(groups, baseline)
-    head = "method | n | mean ± sd | parameters | ever trained"
-    lines = [f"| {head} | minus `{baseline}` [95 %] |", "|---|---|---|---|---|---|"]
+    head = ["method", "n", "mean ± sd", "parameters", "ever trained", f"minus `{baseline}` [95 %]"]
+    head += ["over examples [95 %]", "would have shown"] if has_details else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label in labels:
-        lines.append(row(label, groups[label], groups[baseline]))
+        cells = row(label, groups[label], groups[baseline])
+        if has_details:
+            cells += details(groups[label], groups[baseline])
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -200,6 +238,8 @@ def main(argv=None):
     parser.add_argument("--budget", help="adapter parameters that a run may use")
     parser.add_argument("--where", nargs="*", default=[], metavar="FLAG=VALUE", help="other flags")
     parser.add_argument("--baseline", metavar="LABEL", help="row to compare with (the first)")
+    more = "add the interval over examples, and the true difference that four of five such "
+    parser.add_argument("--details", action="store_true", help=more + "comparisons would show")
     parser.add_argument("--svg", metavar="PICTURE", help="draw the differences into this file too")
     args = parser.parse_args(argv)
     for pair in args.where:
@@ -218,7 +258,7 @@ def main(argv=None):
         groups = group(runs)
         if args.svg:
             write(args.svg, picture(", ".join(title + args.where), groups, args.baseline))
-        print(table(groups, args.baseline))
+        print(table(groups, args.baseline, args.details))
     except (InputError, OSError) as error:
         parser.error(str(error))
 

@@ -8,8 +8,10 @@ import re
 import shlex
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 
+import data
 from extras import evidence, figure, intervals
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
@@ -62,6 +64,44 @@ def test_the_interval_of_a_paired_difference_is_the_one_worked_out_by_hand():
 
 def test_one_difference_says_nothing_about_its_error():
     assert intervals.mean_and_half_width([1.5]) == (1.5, math.inf)
+
+
+def test_the_bootstrap_over_examples_is_that_of_drawing_them_one_by_one():
+    draws = np.random.default_rng(1)
+    differences = draws.choice([-0.4, 0.0, 0.2, 1.0], p=[0.1, 0.7, 0.1, 0.1], size=300)
+    means = [draws.choice(differences, size=300).mean() for _ in range(4000)]
+    expected = np.quantile(means, [0.025, 0.975])
+    assert intervals.over_examples(differences) == pytest.approx(expected, abs=0.005)
+
+
+def test_the_difference_that_would_have_shown_is_the_formula_of_the_protocol():
+    # Standard deviation 1, n = 3: t is 4.3027 at 0.975 and 1.0607 at 0.8 with 2 degrees.
+    assert intervals.detectable([1, 2, 3]) == pytest.approx(5.3634 / math.sqrt(3), abs=1e-3)
+
+
+def test_details_are_over_the_examples_that_the_runs_kept(show):
+    # Of 10 examples, `static` gets the third right in each of two seeds, and the fourth in one.
+    labels = [0] * 10
+    lines = []
+    for seed, fourth in ((0, 0), (1, 1)):
+        for method, third, other in (("lora", 1, 1), ("static", 0, fourth)):
+            predictions = [0, 0, third, other, 0, 0, 0, 1, 1, 1]
+            dev = data.accuracy(predictions, labels)
+            dev["right"] = data.which_are_right(predictions, labels)
+            text = json.loads(line(seed, dev["accuracy"], method=method))
+            text["result"]["dev"] = dev
+            lines.append(json.dumps(text) + "\n")
+    low, high = intervals.over_examples(np.array([0, 0, 1, 0.5, 0, 0, 0, 0, 0, 0]))
+    table = show(lines, "--details")
+    assert f"n = 2 | [{100 * low:+.2f}, {100 * high:+.2f}] | " in table
+    assert "+15.00 [" in table and "| over examples [95 %] | would have shown |" in table
+
+
+def test_details_of_runs_that_kept_no_examples_leave_that_cell_empty(show):
+    lines = [line(seed, 0.7 + seed / 100) for seed in range(2)]
+    lines += [line(seed, 0.6, method="head") for seed in range(2)]
+    # Differences of -10 and -11: standard deviation 0.71; t is 12.706 and 1.376.
+    assert "n = 2 |  | 7.04 |" in show(lines, "--details")
 
 
 def test_a_difference_is_over_the_seeds_that_both_rows_have(show):
