@@ -151,6 +151,7 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
     points = [name for name, module in modules.items() if isinstance(module, nn.Identity)]
     chosen = _find(targets, linears) + _find(shortcuts, points)
     shortcut_alpha = alpha if shortcut_alpha is None else shortcut_alpha
+    D = model.config.hidden_size if shortcuts else None
     model.requires_grad_(False)
     adapters = {}
     for name in sorted(chosen, key=list(modules).index):  # the model's own order
@@ -160,7 +161,6 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
             new = adapter(host.in_features, host.out_features, rank, alpha, generator)
             replacement = LoRALinear(host, new)
         else:
-            D = model.config.hidden_size
             new = adapter(D, D, rank, shortcut_alpha, generator)
             replacement = LoRAShortcut(new, is_residual=type(host) is nn.Identity)
         new.attach(name, host, adapters)

@@ -34,17 +34,25 @@ from heterolora import ALLOCATORS, PROXIES
 
 TUNING_SHARE = 0.2  # of the training set is held out, to choose among several learning rates
 
-# Flags that change no result, flags that are the same for all, and what a method does not use.
-NO_MATTER = {"data_dir", "device", "out", "resume", "command", "model"}  # weights: see `checkpoint`
+# Flags that change no result. Weights count by their checksum, not by the name of --model.
+NO_MATTER = {"data_dir", "device", "out", "resume", "command", "model"}
+# Flags that are the same for all contenders.
 SHARED = {"task", "metric", "train_limit", "holdout", "model", "method", "budget", "seed"}
 SHARED |= NO_MATTER
+# Flags of the first score, of the search space, and those that a method does not use.
 SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_steps"}
 SEARCH |= {"score_repeats"}
 SPACE = {"budget", "targets", "shortcuts", "rank", "alpha", "shortcut_alpha", "adapter"}
 SPACE |= {"allocator", "init"}
-UNUSED = {"dynamic": set(), "static": {"realloc_every"}, "lora": SEARCH}
-UNUSED |= {"alora": SEARCH - {"realloc_every"} | {"allocator"}, "adalora": SEARCH | {"allocator"}}
-UNUSED |= {"full": SEARCH | SPACE, "head": SEARCH | SPACE | {"lr"}}
+UNUSED = {
+    "dynamic": set(),
+    "static": {"realloc_every"},
+    "lora": SEARCH,
+    "alora": (SEARCH - {"realloc_every"}) | {"allocator"},
+    "adalora": SEARCH | {"allocator"},
+    "full": SEARCH | SPACE,
+    "head": SEARCH | SPACE | {"lr"},
+}
 
 
 def contender_argv(spec, known):
@@ -90,7 +98,7 @@ def prepare(args, argv):
             task, _, model, _ = train.prepare(flags)
         except InputError as error:
             raise InputError(f"{spec}: {error}") from None
-        flags.budget = int(common.budget)
+        flags.budget = int(common.budget)  # what was asked for, also where the space is smaller
         # Results on other data or another checkpoint do not count, whatever its name.
         flags.data_checksum = zlib.crc32(repr((task.train, task.dev)).encode())
         flags.checkpoint = model.checkpoint
