@@ -53,6 +53,8 @@ def read_options(path):
     What is null counts as left out. Raises InputError for what is neither true nor false.
     """
     given = read_json(path) if os.path.isfile(path) else {}
+    if set(given) == {"error"}:  # what the hub says in place of a file
+        raise InputError(f"{path}: no tokenizer options, but the error {given['error']!r}")
     options = {}
     for name in OPTIONS:
         value = given.get(name)

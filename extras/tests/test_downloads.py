@@ -300,6 +300,7 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_come(server, 
 
 
 JUNK = [b"<!doctype html>", b"not what was asked for", b"\x1f\x8b\x08\0\xff", BODY]
+JUNK += [b'{"error": "busy"}']
 WHOLE = {
     "config.json": BERT,
     "tokenizer_config.json": b"{}",
