@@ -27,7 +27,6 @@ USUAL = {
     "allocator": "greedy",
     "adapter": "lora",
     "granularity": "module",
-    "holdout": "0",
     "probe_batches": "8",
     "warmup_steps": "0",
 }
@@ -78,6 +77,7 @@ def as_run(record):
     set_flags = {flag: value for flag, value in record["flags"].items() if value is not None}
     flags = {flag: as_text(value) for flag, value in set_flags.items()}
     seed = flags.pop("seed")
+    flags.setdefault("holdout", "0")
     flags["method"], flags["task"]  # every run has them
     result = record["result"]
     if "failed" in result:
@@ -105,11 +105,6 @@ def select(runs, flag, text):
         there = f"there are {', '.join(found)}" if found else "none has this flag"
         raise InputError(f"no run has {flag}={text}; with the flags before it {there}")
     return [run for run in runs if run.flags.get(flag, text) == text]
-
-
-def results_only(runs):
-    """Return the runs on dev. Those with a held-out part have chosen a flag's value for others."""
-    return [run for run in runs if run.flags.get("holdout", "0") == "0"]
 
 
 def group(runs):
@@ -251,8 +246,10 @@ def main(argv=None):
         budget = args.budget.replace(",", "")
         pairs.append(f"budget={budget}")
         title.append(f"a budget of {budget} parameters")
+    if not any(pair.startswith("holdout=") for pair in args.where):
+        pairs.append("holdout=0")  # runs with a held-out part chose a flag's value: no results
     try:
-        runs = results_only(read_runs(args.file))
+        runs = read_runs(args.file)
         for pair in pairs + args.where:
             runs = select(runs, *pair.split("=", 1))
         groups = group(runs)

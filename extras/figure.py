@@ -7,12 +7,12 @@ import argparse
 import math
 
 from data import InputError
-from extras.evidence import read_runs, results_only, select
+from extras.evidence import read_runs, select
 from extras.files import write
 from extras.forest import segment, text
 from extras.intervals import mean_and_half_width
 
-COMMON = {"task": "mrpc", "lr": "0.003", "epochs": "3"}
+COMMON = {"task": "mrpc", "holdout": "0", "lr": "0.003", "epochs": "3"}
 LINES = {  # label: (colour, flags)
     "LoRA on v, no search": ("#007a5a", {"method": "lora", "targets": "v"}),
     "paper: dynamic, grad-norm": ("#d55e00", {"method": "dynamic", "proxy": "grad-norm"}),
@@ -94,7 +94,7 @@ def main(argv=None):
     parser.add_argument("svg", help="the picture to write")
     args = parser.parse_args(argv)
     try:
-        write(args.svg, draw(results_only(read_runs(args.file))))
+        write(args.svg, draw(read_runs(args.file)))
     except (InputError, OSError) as error:
         parser.error(str(error))
 

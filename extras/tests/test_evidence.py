@@ -129,6 +129,11 @@ def test_a_flag_selects_runs_and_spares_those_whose_method_does_not_use_it(show)
     assert "80.00" in table and "50.00" in table and "70.00" not in table
 
 
+def test_runs_with_a_held_out_part_are_shown_to_who_asks_for_them(show):
+    table = show([line(0, 0.7), line(0, 0.9, holdout=0.2)], "--where", "holdout=0.2")
+    assert "| `lora` | 1 | 90.00" in table and "70.00" not in table
+
+
 def test_runs_that_chose_a_value_on_held_out_examples_are_no_results(show):
     table = show([line(0, 0.7), line(1, 0.9, holdout=0.2), line(2, 0.7, holdout=0.0)])
     assert "| `lora` | 2 | 70.00" in table
