@@ -356,7 +356,7 @@ def greedy(scores, costs, budget, generator):
     totals = {}
     for name, score in scores.items():
         totals[name] = sum(score) if isinstance(score, list) else score
-    if not any(totals.values()):
+    if totals and not any(totals.values()):
         reason = "scores made of B are 0 while B = 0: use another proxy, or --warmup-steps"
         warnings.warn(f"all scores are 0, and this is a random draw: {reason}", stacklevel=2)
     names = list(scores)

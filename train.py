@@ -285,7 +285,7 @@ def train(args):
         elif adapters:
             heterolora.set_ranks(adapters, plain_lora(adapters, args.allocator, budget))
             run.log(f"lora    {heterolora.cost(adapters):,} parameters are on")
-        if args.init == "gradient" and progress.step == 0:
+        if args.init == "gradient" and not run.has_state():
             start_along_gradients(args, model, adapters, train_set)
         run.log_grid(adapters)
         model.train()

@@ -1,12 +1,12 @@
 """Scores from the inputs and weights of linears alone: no labels, no gradients. PLoP's measure.
 
 PLoP (Hayou et al. 2025, arXiv 2506.20629) calls it the normalised feature norm. For an input z it
-is |W z| / |W z'| with a Gaussian z' as long as z:
+is |W z|, divided by the root mean square of |W z'| over Gaussian z' of the same norm:
 
     NFN(z) = sqrt(d_in) |W z| / (|W|_F |z|)
 
-It is about 1 for random weights, and more where W magnifies its inputs. The linears with the
-lowest NFN are adapted. PLoP averages over all linears of a type; a number for each is our change.
+It is about 1 for random weights, and more where W magnifies its inputs. PLoP adapts the linears
+with the lowest NFN. It averages over all linears of a type; a number for each is our change.
 """
 
 import contextlib
@@ -47,7 +47,8 @@ def feature_norms(model, batches, loss_fn):
         if mask is not None and mask.shape == x.shape[:-1]:
             x = x[mask.bool()]  # (tokens, d_in)
         W = module.weight.float()
-        norms = F.linear(x, W).norm(dim=-1) / (W.norm() * x.norm(dim=-1))  # (tokens,)
+        lengths = (W.norm() * x.norm(dim=-1)).clamp(min=torch.finfo(W.dtype).tiny)  # not 0
+        norms = F.linear(x, W).norm(dim=-1) / lengths  # (tokens,)
         total = W.shape[1] ** 0.5 * norms.double().sum().item()
         totals[module.adapter] = totals.get(module.adapter, 0.0) + total
         counts[module.adapter] = counts.get(module.adapter, 0) + norms.numel()
@@ -66,9 +67,9 @@ def feature_norms(model, batches, loss_fn):
 
 @proxy("misalignment", measure=None)
 def misalignment(model, adapters, batches, loss_fn):
-    """NFN: the opposite of PLoP's choice, and its own control.
+    """NFN: a control, which buys what PLoP would buy last.
 
-    For a connection it is 1, its value for a residual before any training, W = I.
+    A connection has no W, and gets 1, the NFN of the identity. So does a linear without inputs.
     """
     norms = feature_norms(model, batches, loss_fn)
     return {name: norms.get(adapter, 1.0) for name, adapter in adapters.items()}

@@ -1,5 +1,6 @@
 """Allocation rules beside the paper's, registered on import: baselines and variants of greedy."""
 
+import re
 import warnings
 from operator import itemgetter
 
@@ -41,10 +42,15 @@ def uniform(scores, costs, budget, generator):
 
 
 def layers_of(costs):
-    """Return the names of the modules as a list for every layer, in the model's order."""
+    """Return the names of the modules as a list for every layer, in the model's order.
+
+    The last number in a name tells the layer: "layers.3.q", or "layers.3.self_attn.q_proj".
+    """
     layers = {}
     for name in costs:
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
+        numbered = re.match(r"(.*\.)?\d+\.", name)
+        layer = numbered[0] if numbered else name.rpartition(".")[0]
+        layers.setdefault(layer, []).append(name)
     return list(layers.values())
 
 
@@ -62,13 +68,13 @@ def in_rounds(costs, budget, layers):
 
 @allocator("first-layers")
 def first_layers(scores, costs, budget, generator):
-    """Spread ranks evenly; what does not reach all layers goes to the first."""
+    """Buy a rank for every module, first layers first, then a second, while the budget lasts."""
     return in_rounds(costs, budget, layers_of(costs))
 
 
 @allocator("middle-layers")
 def middle_layers(scores, costs, budget, generator):
-    """Spread ranks evenly; what does not reach all layers goes to those in the middle."""
+    """The same, from the middle layers outwards."""
     layers = layers_of(costs)
     middle = (len(layers) - 1) / 2
     from_middle = sorted(layers, key=lambda names: abs(layers.index(names) - middle))
@@ -77,14 +83,14 @@ def middle_layers(scores, costs, budget, generator):
 
 @allocator("last-layers")
 def last_layers(scores, costs, budget, generator):
-    """Spread ranks evenly; what does not reach all layers goes to the last."""
+    """The same, from the last layer to the first."""
     return in_rounds(costs, budget, layers_of(costs)[::-1])
 
 
 def without_rises(scores):
     """Return the closest list that never rises (pool adjacent violators, by least squares).
 
-    A rank needs those before it. One that is better than the last shares the mean of both.
+    A rank needs those before it. One that is better than the one before is averaged with it.
     """
     blocks = []  # (mean score, ranks), each mean at most the one before
     for score in scores:
@@ -102,7 +108,7 @@ def without_rises(scores):
 def greedy_ranks(scores, costs, budget, generator):
     """Buy single ranks, best score first, while they fit, going on past one that does not.
 
-    A number is shared alike by the ranks of its module. Equal scores come in random order.
+    A single number is split equally among the ranks of its module. Ties come in random order.
     """
     items = []  # (score, name), one for each rank
     for name, score in scores.items():
@@ -125,7 +131,7 @@ def greedy_ranks(scores, costs, budget, generator):
 def breadth(scores, costs, budget, generator):
     """Buy a rank for every module, best score first, then a second one, and so on, while it fits.
 
-    Linears come before shortcuts. Equal scores come in random order.
+    In each round linears come before shortcuts. Equal scores come in random order.
     """
     names = shuffled(scores, generator)
     names.sort(key=lambda name: total(scores[name]), reverse=True)
@@ -136,7 +142,10 @@ def breadth(scores, costs, budget, generator):
 
 @allocator("within-layer")
 def within_layer(scores, costs, budget, generator):
-    """Take whole modules as greedy does, after every layer's scores are divided by their mean."""
+    """Take whole modules as greedy does, by scores divided by the mean size of their layer's.
+
+    Where layers have one module each, all shares are 1 (or -1), and the choice is a random draw.
+    """
     shares = {}
     for names in layers_of(scores):
         mean = sum(abs(total(scores[name])) for name in names) / len(names)

@@ -135,7 +135,10 @@ def as_key(flags):
 def run(spec, flags, path):
     """Train once, unless the file at path has the result -> result, or {"failed": reason}"""
     kept = vars(flags) | {"task": os.path.basename(flags.task), "budget": str(flags.budget)}
-    for name in NO_MATTER | UNUSED[flags.method]:
+    unused = UNUSED[flags.method]
+    if flags.init == "gradient":  # it sees the same warm-up and batches as a score
+        unused = unused - {"probe_batches", "head_warmup", "warmup_steps"}
+    for name in NO_MATTER | unused:
         kept.pop(name, None)
     key = as_key(kept)
     done = read_results(path)  # anew: another process may be at the same comparison

@@ -1,10 +1,10 @@
 """--init gradient: A starts along the gradient of the full matrix, in place of a random draw.
 
 With B = 0 the first step of B only sees G A^T, and G = dL/dW (d_out, d_in) is nearly of rank one in
-many modules. The rows of A become the first right singular vectors of G, each as long as the row
-that it replaces. B stays 0, so the function stays the checkpoint's. Modules that a dynamic search
-turns on later keep their random A. LoRA-GA (arXiv 2407.05000) and
-LoRA-One (arXiv 2502.01235) start A and B from the gradient; here it is A alone.
+many modules. The rows of A become the first right singular vectors of G, each with the norm of the
+row that it replaces. B stays 0, so the function stays the checkpoint's. Modules that a dynamic
+search turns on later keep their random A. LoRA-GA (arXiv 2407.05000) and LoRA-One (arXiv
+2502.01235) start A and B from the gradient; here it is A alone.
 """
 
 import torch
@@ -16,20 +16,22 @@ from heterolora import in_eval_mode
 
 
 def gradient_rows(model, adapters, batches, loss_fn):
-    """Return {adapter: new rows of A (r, d_in)}, for the r ranks that are on."""
+    """Return {adapter: directions of the new rows of A (r, d_in)}, for the r ranks that are on."""
     with in_eval_mode(model):
         gradients = mean_over(batches, model, loss_fn, host_gradient)
     rows = {}
     for adapter in adapters.values():
         if adapter.rank > 0 and adapter in gradients:
-            (A, slices), _ = adapter.active(adapter.rank)
             _, _, Vh = torch.linalg.svd(gradients[adapter], full_matrices=False)
-            rows[adapter] = Vh[: adapter.rank] * A.detach()[slices].norm(dim=1, keepdim=True)
+            rows[adapter] = Vh[: adapter.rank]  # of norm 1
     return rows
 
 
 def start_along_gradients(args, model, adapters, train_set):
-    """Give A new values, from the gradients that the first allocation sees: head warmed up."""
+    """Give A new values, from gradients after a warm-up and on the first allocation's batches.
+
+    Only the modules that are on take part. With several warm-ups it is the first one.
+    """
     from train import generator, loss_fn
 
     draws = generator(args.seed, "first probing")
@@ -40,4 +42,4 @@ def start_along_gradients(args, model, adapters, train_set):
         rows = gradient_rows(model, adapters, batches, loss_fn)
     for adapter, values in rows.items():
         (A, slices), _ = adapter.active(adapter.rank)
-        A.data[slices] = values
+        A.data[slices] = values * A.detach()[slices].norm(dim=1, keepdim=True)

@@ -19,7 +19,8 @@ import re
 
 import torch
 
-import extras.allocators  # they register what the paper does not have
+import extras.alignment  # they register what the paper does not have
+import extras.allocators
 import extras.proxies  # noqa: F401
 from data import InputError
 from heterolora import ALLOCATORS, PROXIES, HeteroLoRA, inject, rank_costs, set_ranks

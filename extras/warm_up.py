@@ -3,8 +3,8 @@
 Either the head trains alone (--head-warmup), or together with every module at rank 1
 (--warmup-steps), which also moves B away from 0, where some scores are 0.
 
-One warm-up is one draw of the head, of its examples and of the probe batches, and scores differ
-from draw to draw. --score-repeats averages over several.
+A warm-up depends on random draws: the head's start, its examples, the batches that are scored.
+--score-repeats averages over several warm-ups.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 import heterolora
 
 RANK = 1  # of every module in a joint warm-up
-HEAD_BATCHES = 32  # that the head is trained on, again and again
+HEAD_BATCHES = 32  # the warm-up of the head cycles through so many
 
 
 def first_allocation(args, run, search, train_set):
     """Make the first allocation, from the mean score of at most --score-repeats warm-ups.
 
-    It ends sooner once a further score leaves the allocation as it was.
+    It stops when one more warm-up does not change the allocation.
     """
     rounds = []
     before = None
@@ -43,13 +43,13 @@ def first_allocation(args, run, search, train_set):
 def mean_scores(rounds):
     """Return the mean of a list of scores, each {module name: score, or list of scores}.
 
-    All are scaled to the mean size of the first: the better a head fits, the smaller are all
-    gradients, and the warm-up with the worst head shall not outweigh the others.
+    Each is first scaled to the mean absolute score of the first. A head that fits better has
+    smaller gradients, so without this the worst head would count most.
     """
+    factors = [mean_size(rounds[0]) / mean_size(scores) for scores in rounds]
     means = {}
     for name in rounds[0]:
         values = [torch.tensor(scores[name], dtype=torch.double) for scores in rounds]
-        factors = [mean_size(rounds[0]) / mean_size(scores) for scores in rounds]
         scaled = [value * factor for value, factor in zip(values, factors, strict=True)]
         means[name] = (sum(scaled) / len(scaled)).tolist()
     return means
@@ -62,7 +62,8 @@ def mean_size(scores):
 
 
 def draws_for(args, purpose, repeat):
-    """Return random numbers for a purpose; every repeat has others."""
+    """Return a torch.Generator for a purpose. Every repeat has its own; the first needs no number,
+    so that a run without repeats is what it was before there were any."""
     from train import generator
 
     return generator(args.seed, f"{purpose} {repeat}" if repeat else purpose)
@@ -70,9 +71,10 @@ def draws_for(args, purpose, repeat):
 
 @contextlib.contextmanager
 def warmed_up(args, model, adapters, train_set, repeat=0):
-    """Train as the flags say, for what is done inside, and put every value back afterwards.
+    """Train as the flags say, for the body of the `with`; then put all trained values back.
 
-    The first repeat starts from the head as it is, a later one from a new head.
+    The first repeat (0) starts from the head as it is, a later one from a new head. The ranks that
+    are on, and training mode, are the caller's to set again.
     """
     draws = draws_for(args, "warm-up", repeat)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -86,9 +88,11 @@ def warmed_up(args, model, adapters, train_set, repeat=0):
     elif args.head_warmup:
         n_batches = min(args.head_warmup, HEAD_BATCHES)
         train_head(model, train_set.sample(n_batches, args.batch_size, draws), args.head_warmup)
-    yield
-    model.load_state_dict(start, strict=False)
-    model.zero_grad()
+    try:
+        yield
+    finally:
+        model.load_state_dict(start, strict=False)
+        model.zero_grad()
 
 
 def train_together(args, model, adapters, batches):

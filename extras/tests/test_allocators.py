@@ -159,6 +159,21 @@ def test_within_layer_a_layer_with_large_scores_does_not_take_everything():
     assert allocate("greedy", scores, costs, 2) == {"0.q": 0, "0.v": 0, "1.q": 1, "1.v": 1}
 
 
+def test_layers_are_found_in_the_names_of_other_models():
+    names = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
+    costs = {f"model.layers.{i}.{name}": [1] for i in range(2) for name in names}
+    scores = dict.fromkeys(costs, 0.1)
+    for first in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        scores[first] = 1.0
+    ranks = allocate("within-layer", scores, costs, 2)
+    assert {name for name, rank in ranks.items() if rank} == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.down_proj",
+    }
+    ranks = allocate("last-layers", {}, costs, 3)
+    assert all(rank == (".1." in name) for name, rank in ranks.items())
+
+
 def test_random_linears_never_draws_a_shortcut_and_does_not_look_at_the_scores():
     scores = {"0.q": 0.0, "0.v": 9.0, "0.shortcut_ffn": 99.0}
     costs = {name: [1, 1] for name in scores}

@@ -103,6 +103,13 @@ def test_another_flag_is_another_run_unless_the_method_does_not_use_it(runs):
     assert [r.method for r in runs] == ["lora", "dynamic", "dynamic"]
 
 
+def test_a_warm_up_matters_to_lora_only_where_it_starts_along_the_gradient(runs):
+    for contender in ("lora", "lora:init=gradient"):
+        for steps in ("0", "3"):
+            compare.main([contender, "--seeds", "0", "--head-warmup", steps])
+    assert [(r.init, r.head_warmup) for r in runs] == [(None, 0), ("gradient", 0), ("gradient", 3)]
+
+
 def test_other_data_under_the_same_name_are_another_run(runs, monkeypatch):
     compare.main(["lora", "--seeds", "0"])
     monkeypatch.setattr(Task, "train", [("changed", None, 0)])

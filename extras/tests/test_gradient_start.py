@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+import data
+import heterolora
 import train
-from extras.gradient_start import gradient_rows
+from extras.gradient_start import gradient_rows, start_along_gradients
 from heterolora import set_ranks
 from test_heterolora import loss_fn, make_batches, make_model, run
 
@@ -25,7 +27,7 @@ def test_A_takes_the_first_right_singular_vectors_of_the_gradient_at_its_usual_l
     adapter = adapters["layers.1.v"]
     for k, row in enumerate(rows[adapter]):
         assert abs(torch.cosine_similarity(row, Vh[k], dim=0)) == pytest.approx(1, abs=1e-4)
-        assert row.norm().item() == pytest.approx(adapter.A[k].norm().item(), rel=1e-5)
+        assert row.norm().item() == pytest.approx(1, rel=1e-5)
 
 
 def test_no_other_A_of_the_same_length_gives_B_a_larger_gradient():
@@ -54,6 +56,36 @@ def test_a_run_starts_from_other_values_with_it(tmp_path, method):
         losses.append(result["dev"]["loss"])
         assert 0 < result["params_active"] <= 6000
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("warm_up", [["--warmup-steps", "20", "--lr", "0.05"], []])
+def test_rows_have_the_norm_of_those_that_they_replace_after_any_warm_up(warm_up):
+    flags = ["--method", "lora", "--shortcuts", "none", "--train-limit", "128", "--rank", "2"]
+    args = train.parse_args([*flags, *warm_up, "--precision", "float32"])
+    task, tokenizer, model, adapters = train.prepare(args)
+    heterolora.set_ranks(adapters, dict.fromkeys(adapters, 2))
+    before = {name: adapter.A.detach().clone() for name, adapter in adapters.items()}
+    start_along_gradients(args, model, adapters, data.Split(task.train, tokenizer, 32, "cpu"))
+    for name, adapter in adapters.items():
+        assert not torch.allclose(adapter.A, before[name])
+        torch.testing.assert_close(adapter.A.norm(dim=1), before[name].norm(dim=1))
+        assert not adapter.B.any()
+
+
+def test_a_run_that_stopped_before_its_first_step_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    flags = ["--method", "lora", "--init", "gradient", "--shortcuts", "none", "--warmup-steps", "4"]
+    flags += ["--train-limit", "64", "--holdout", "0.5", "--max-steps", "2"]
+    assert run(*flags, out=tmp_path / "whole") == 0
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", stop)
+        assert run(*flags, out=tmp_path / "cut") == 130
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+    whole, cut = (torch.load(tmp_path / name / "adapters.pt") for name in ("whole", "cut"))
+    torch.testing.assert_close(whole["adapters"], cut["adapters"], rtol=0, atol=0)
 
 
 def test_another_kind_than_lora_is_refused(capsys):

@@ -8,6 +8,7 @@ import torch
 import data
 import heterolora
 import train
+from extras import warm_up
 from extras.runs import Run
 from extras.warm_up import first_allocation, mean_scores, warmed_up
 
@@ -50,6 +51,27 @@ def test_a_repeat_starts_from_a_new_head():
         assert not torch.equal(head, before)
         assert head.std().item() == pytest.approx(before.std().item(), rel=0.05)
     assert torch.equal(head, before)
+
+
+def test_every_value_is_put_back_after_an_error_too():
+    args, search, split = a_search()
+    before = copy.deepcopy(search.model.state_dict())
+    with pytest.raises(FloatingPointError):
+        with warmed_up(args, search.model, search.adapters, split):
+            raise FloatingPointError
+    after = search.model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_a_repeat_sees_other_examples(monkeypatch):
+    seen = []
+    monkeypatch.setattr(warm_up, "train_head", lambda model, batches, steps: seen.append(batches))
+    args, search, split = a_search()
+    for repeat in range(2):
+        with warmed_up(args, search.model, search.adapters, split, repeat):
+            pass
+    (first, _), (second, _) = seen[0][0], seen[1][0]  # inputs of the first batch
+    assert first[0].shape != second[0].shape or not torch.equal(first[0], second[0])
 
 
 def a_search(*flags):
