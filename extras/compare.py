@@ -27,6 +27,7 @@ import extras.allocators  # noqa: F401  they register what a contender can name
 import extras.proxies  # noqa: F401
 import train
 from data import InputError
+from extras.fast_cpu import processor_name
 from extras.flags import number
 from extras.intervals import mean_and_half_width
 from extras.show import jaccard
@@ -151,6 +152,7 @@ def run(spec, flags, path):
         result = {"failed": str(error)}
     record = {"flags": kept, "result": result, "date": datetime.date.today().isoformat()}
     record |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    record["processor"] = processor_name()  # each kind rounds in its own way
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     told = result.get("failed") or f"{result['metric']} {result['last']:.4f}"

@@ -20,7 +20,7 @@ import numpy as np
 from data import InputError
 from extras import forest
 from extras.files import write
-from extras.intervals import detectable, mean_and_half_width, over_examples
+from extras.intervals import detectable, holm, mean_and_half_width, over_examples, p_value
 
 # Usual values of flags: a label does not show them.
 USUAL = {
@@ -78,6 +78,8 @@ def as_run(record):
     flags = {flag: as_text(value) for flag, value in set_flags.items()}
     seed = flags.pop("seed")
     flags.setdefault("holdout", "0")
+    if "processor" in record:
+        flags["processor"] = str(record["processor"])
     flags["method"], flags["task"]  # every run has them
     result = record["result"]
     if "failed" in result:
@@ -160,8 +162,6 @@ def gain_over(baseline, runs):
 def details(runs, baseline):
     """Return two cells: an interval over examples (of accuracy), and what would have shown."""
     pairs = differences(runs, baseline)
-    if len(pairs) < 2 or runs is baseline:
-        return ["", ""]
     bits = [(runs[seed].right, baseline[seed].right) for seed in pairs]
     interval = ""
     if all(right is not None and other is not None for right, other in bits):
@@ -169,6 +169,20 @@ def details(runs, baseline):
         low, high = over_examples(by_example)
         interval = f"[{100 * low:+.2f}, {100 * high:+.2f}]"
     return [interval, f"{detectable(pairs.values()):.2f}"]
+
+
+def all_details(groups, baseline):
+    """Return {label: four cells: p, p corrected for the rows of the table, and `details`}."""
+    compared = [label for label in groups if gain_over(groups[baseline], groups[label])]
+    p_values = []
+    for label in compared:
+        pairs = differences(groups[label], groups[baseline])
+        p_values.append(p_value(list(pairs.values())))
+    cells = dict.fromkeys(groups, [""] * 4)
+    for label, p, corrected in zip(compared, p_values, holm(p_values), strict=True):
+        more = details(groups[label], groups[baseline])
+        cells[label] = [f"{p:.3f}", f"{corrected:.3f}", *more]
+    return cells
 
 
 def row(label, runs, baseline):
@@ -203,12 +217,14 @@ def table(groups, baseline=None, has_details=False):
     """Return a Markdown table, LoRA first. Raises InputError if `baseline` is not a label."""
     labels, baseline = in_order(groups, baseline)
     head = ["method", "n", "mean ± sd", "parameters", "ever trained", f"minus `{baseline}` [95 %]"]
-    head += ["over examples [95 %]", "would have shown"] if has_details else []
+    if has_details:
+        head += ["p", "Holm", "over examples [95 %]", "would have shown"]
+        more = all_details(groups, baseline)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label in labels:
         cells = row(label, groups[label], groups[baseline])
         if has_details:
-            cells += details(groups[label], groups[baseline])
+            cells += more[label]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -233,8 +249,8 @@ def main(argv=None):
     parser.add_argument("--budget", help="adapter parameters that a run may use")
     parser.add_argument("--where", nargs="*", default=[], metavar="FLAG=VALUE", help="other flags")
     parser.add_argument("--baseline", metavar="LABEL", help="row to compare with (the first)")
-    more = "add the interval over examples, and the true difference that four of five such "
-    parser.add_argument("--details", action="store_true", help=more + "comparisons would show")
+    more = "add p, p by Holm's method for all rows, the interval over examples, and what true "
+    parser.add_argument("--details", action="store_true", help=more + "difference would have shown")
     parser.add_argument("--svg", metavar="PICTURE", help="draw the differences into this file too")
     args = parser.parse_args(argv)
     for pair in args.where:

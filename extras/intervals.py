@@ -6,14 +6,41 @@ import statistics
 import numpy as np
 
 
-def student_t(p, freedom):
-    """Return the p-quantile of Student's t, 0.5 < p < 1, with `freedom` degrees of freedom."""
-    # With t = sqrt(freedom) tan(u) the density is proportional to cos(u)^(freedom - 1).
+def student_table(degrees):
+    """Return (u, P(|T| < sqrt(degrees) tan u)) as arrays, for Student's T of so many degrees."""
     u = np.linspace(0, math.pi / 2, 200_001)
     middles = (u[1:] + u[:-1]) / 2
-    area = np.cumsum(np.cos(middles) ** (freedom - 1))
-    quantile = np.interp((2 * p - 1) * area[-1], area, u[1:])
-    return math.sqrt(freedom) * math.tan(quantile)
+    density = np.cos(middles) ** (degrees - 1)  # of u, but for a factor
+    area = np.concatenate([[0], np.cumsum(density)])
+    return u, area / area[-1]
+
+
+def student_t(p, degrees):
+    """Return the p-quantile of Student's t, 0.5 < p < 1, with so many degrees of freedom."""
+    u, shares = student_table(degrees)
+    return math.sqrt(degrees) * math.tan(np.interp(2 * p - 1, shares, u))
+
+
+def p_value(differences):
+    """Return the two-sided p of Student's t test that the mean difference is 0."""
+    n = len(differences)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    if error == 0:
+        return 1.0  # there is nothing to measure the mean by
+    t = abs(statistics.mean(differences)) / error
+    u, shares = student_table(n - 1)
+    return 1 - float(np.interp(math.atan(t / math.sqrt(n - 1)), u, shares))
+
+
+def holm(p_values):
+    """Return the p-values corrected for their number by Holm's method, in the same order."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected = list(p_values)
+    highest = 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - place) * p_values[i]))
+        corrected[i] = highest
+    return corrected
 
 
 def mean_and_half_width(values):
@@ -27,13 +54,13 @@ def mean_and_half_width(values):
 
 
 def detectable(differences):
-    """Return the true mean difference that so many pairs would show in four cases of five.
+    """Return the smallest true mean difference that so many pairs detect in four cases of five.
 
-    "Show" means that the 95 % interval does not hold 0.
+    "Detect" means that the 95 % interval, uncorrected, does not hold 0.
     """
-    freedom = len(differences) - 1
+    degrees = len(differences) - 1
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return error * (student_t(0.975, freedom) + student_t(0.8, freedom))
+    return error * (student_t(0.975, degrees) + student_t(0.8, degrees))
 
 
 def over_examples(differences, draws=10_000):

@@ -66,6 +66,27 @@ def test_one_difference_says_nothing_about_its_error():
     assert intervals.mean_and_half_width([1.5]) == (1.5, math.inf)
 
 
+def test_p_is_the_share_of_sign_flips_where_their_number_is_large():
+    # An independent test of the same question: flip the signs of the differences at random.
+    draws = np.random.default_rng(0)
+    differences = draws.normal(0.35, 1, size=40)
+    signs = draws.choice([-1, 1], size=(100_000, 40))
+    share = np.mean(np.abs((signs * differences).mean(1)) >= abs(differences.mean()))
+    assert 0.01 < share < 0.2
+    assert intervals.p_value(list(differences)) == pytest.approx(share, abs=0.01)
+
+
+def test_p_of_two_pairs_is_that_of_the_cauchy_distribution():
+    # One degree of freedom. Mean 2, standard error 1: P(|T| > 2) = 1 - 2/pi atan 2.
+    assert intervals.p_value([1, 3]) == pytest.approx(1 - 2 / math.pi * math.atan(2), abs=1e-4)
+    assert intervals.p_value([2, 2, 2]) == 1
+
+
+def test_holm_multiplies_the_smallest_p_by_their_number_and_never_falls():
+    assert intervals.holm([0.03, 0.01, 0.04]) == pytest.approx([0.06, 0.03, 0.06])
+    assert intervals.holm([0.5, 0.9]) == [1.0, 1.0]
+
+
 def test_the_bootstrap_over_examples_is_that_of_drawing_them_one_by_one():
     draws = np.random.default_rng(1)
     differences = draws.choice([-0.4, 0.0, 0.2, 1.0], p=[0.1, 0.7, 0.1, 0.1], size=300)
@@ -93,15 +114,18 @@ def test_details_are_over_the_examples_that_the_runs_kept(show):
             lines.append(json.dumps(text) + "\n")
     low, high = intervals.over_examples(np.array([0, 0, 1, 0.5, 0, 0, 0, 0, 0, 0]))
     table = show(lines, "--details")
-    assert f"n = 2 | [{100 * low:+.2f}, {100 * high:+.2f}] | " in table
+    assert f" | [{100 * low:+.2f}, {100 * high:+.2f}] | " in table
     assert "+15.00 [" in table and "| over examples [95 %] | would have shown |" in table
+    # Differences of 20 and 10: t = 3 with one degree of freedom.
+    p = 1 - 2 / math.pi * math.atan(3)
+    assert f"n = 2 | {p:.3f} | {p:.3f} | [" in table
 
 
 def test_details_of_runs_that_kept_no_examples_leave_that_cell_empty(show):
     lines = [line(seed, 0.7 + seed / 100) for seed in range(2)]
     lines += [line(seed, 0.6, method="head") for seed in range(2)]
     # Differences of -10 and -11: standard deviation 0.71; t is 12.706 and 1.376.
-    assert "n = 2 |  | 7.04 |" in show(lines, "--details")
+    assert "|  | 7.04 |" in show(lines, "--details")
 
 
 def test_a_difference_is_over_the_seeds_that_both_rows_have(show):
@@ -162,6 +186,12 @@ def test_what_no_run_has_is_refused_in_one_line(show, capsys, arguments, message
         show([line(0, 0.7, lr=0.001, budget=3072)], *arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_same_seeds_on_another_processor_are_another_row(show):
+    lines = [json.loads(line(0, 0.7)) | {"processor": name} for name in ("A", "B")]
+    table = show([json.dumps(record) + "\n" for record in lines])
+    assert "`lora processor=A`" in table and "`lora processor=B`" in table
 
 
 def test_the_same_run_twice_is_refused(show, capsys):
@@ -243,11 +273,14 @@ def test_the_picture_is_the_one_that_the_evidence_gives(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["TREC", "SICK"])
-def test_the_pictures_of_the_neighbours_are_those_that_the_evidence_gives(tmp_path, capsys, task):
+@pytest.mark.parametrize("budget", ["6144", "24576"])
+def test_the_pictures_of_the_neighbours_are_those_of_the_evidence(tmp_path, capsys, task, budget):
     picture = tmp_path / "forest.svg"
-    flags = ["--task", task, "--budget", "6144", "--svg", str(picture)]
+    flags = ["--task", task, "--budget", budget, "--svg", str(picture)]
+    if budget == "6144":
+        flags += ["--where", "processor=AMD EPYC"]
     evidence.main([str(DOCS / "neighbours.jsonl.gz"), *flags])
-    assert picture.read_bytes() == (DOCS / f"neighbours-{task}.svg").read_bytes()
+    assert picture.read_bytes() == (DOCS / f"neighbours-{task}-{budget}.svg").read_bytes()
 
 
 def test_the_picture_shows_mean_and_interval_by_budget():
