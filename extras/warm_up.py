@@ -62,8 +62,10 @@ def mean_size(scores):
 
 
 def draws_for(args, purpose, repeat):
-    """Return a torch.Generator for a purpose. Every repeat has its own; the first needs no number,
-    so that a run without repeats is what it was before there were any."""
+    """Return a torch.Generator for a purpose; every repeat has its own.
+
+    The first one's name has no number: a run without repeats is what it was before there were any.
+    """
     from train import generator
 
     return generator(args.seed, f"{purpose} {repeat}" if repeat else purpose)
