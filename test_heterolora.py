@@ -195,6 +195,13 @@ def test_a_name_that_matches_nothing_is_refused_with_those_that_exist(targets, s
         inject(Encoder(SMALL), targets, shortcuts, 2, 1.0)
 
 
+def test_a_model_whose_width_is_not_known_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity())
+    with pytest.raises(AttributeError, match="config"):
+        inject(model, ["0"], ["1"], rank=1, alpha=1)
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
 def test_injecting_twice_is_refused():
     model, _ = make_model()
     with pytest.raises(ValueError, match="adapters already"):

@@ -32,6 +32,12 @@ def test_it_is_the_mean_of_the_formula_over_real_tokens():
     assert scores["layers.1.residual_attn"] == -1
 
 
+def test_a_weight_of_zeros_gives_a_number():
+    model, adapters = make_model(["v"], [])
+    torch.nn.init.zeros_(model.encoder.layers[1].v.host.weight)
+    assert score(model, adapters, make_batches(), "alignment")["layers.1.v"] == 0
+
+
 def test_it_is_the_norm_of_W_z_over_that_of_W_times_a_gaussian_as_long():
     torch.manual_seed(0)
     W, z = torch.randn(30, 20), torch.randn(20)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import warnings
 
 import pytest
 import torch
@@ -180,3 +181,11 @@ def test_random_linears_never_draws_a_shortcut_and_does_not_look_at_the_scores()
     draws = [allocate("random-linears", scores, costs, 2, seed) for seed in range(30)]
     assert {ranks["0.shortcut_ffn"] for ranks in draws} == {0}
     assert {ranks["0.q"] for ranks in draws} == {0, 2}
+
+
+def test_without_linears_random_linears_buys_nothing_and_does_not_complain():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert allocate("random-linears", {"0.shortcut_ffn": 1.0}, {"0.shortcut_ffn": [1]}, 2) == {
+            "0.shortcut_ffn": 0
+        }

@@ -1,12 +1,13 @@
 """Comparisons with a stub for training: what is run, what is kept, what is refused."""
 
 import json
+import pathlib
 import statistics
 
 import pytest
 
 import train
-from extras import compare
+from extras import compare, fast_cpu
 from model import Classifier, Encoder, EncoderConfig
 
 SIZES = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1,
@@ -101,6 +102,12 @@ def test_another_flag_is_another_run_unless_the_method_does_not_use_it(runs):
     compare.main(["lora", "dynamic", "--seeds", "0"])
     compare.main(["lora", "dynamic", "--seeds", "0", "--proxy", "snip"])
     assert [r.method for r in runs] == ["lora", "dynamic", "dynamic"]
+
+
+def test_a_result_names_the_processor(runs):
+    compare.main(["lora", "--seeds", "0", "--results", "named.jsonl"])
+    (record,) = map(json.loads, pathlib.Path("named.jsonl").read_text().splitlines())
+    assert record["processor"] == fast_cpu.processor_name()
 
 
 def test_a_warm_up_matters_to_lora_only_where_it_starts_along_the_gradient(runs):

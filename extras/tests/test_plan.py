@@ -133,7 +133,7 @@ def test_the_model_stays_as_it_was_when_something_fails(monkeypatch, culprit):
 @pytest.mark.filterwarnings("ignore:all scores are 0")
 @pytest.mark.parametrize("allocator", ["greedy", "greedy-ranks", "uniform"])
 @pytest.mark.parametrize(
-    "proxy", ["constant", "grad-norm", "snip", "synflow", "ablation", "spectral"]
+    "proxy", ["constant", "grad-norm", "snip", "synflow", "ablation", "spectral", "alignment"]
 )
 def test_any_proxy_and_allocator_will_do(proxy, allocator):
     torch.manual_seed(0)
