@@ -93,11 +93,11 @@ def as_run(record):
 
 def which_are_right(dev):
     """Return the bits that a run kept of its last evaluation (n,), as 0 and 1; None without."""
-    if "right" not in dev:
+    if "right" not in dev or not dev.get("accuracy"):
         return None
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(dev["right"]), np.uint8))  # filled up with 0
-    accuracy = dev.get("accuracy")
-    return bits[: round(bits.sum() / accuracy)] if accuracy else bits
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(dev["right"]), np.uint8))
+    n = round(bits.sum() / dev["accuracy"])  # the last byte is filled up with zeros
+    return bits[:n]
 
 
 def select(runs, flag, text):
@@ -148,7 +148,7 @@ def differences(runs, baseline):
     return {seed: scores[seed] - others[seed] for seed in scores if seed in others}
 
 
-def gain_over(baseline, runs):
+def gain_over(runs, baseline):
     """Return (mean difference, half width of its interval, number of pairs).
 
     None for the baseline itself, or if there are fewer than two pairs.
@@ -173,7 +173,7 @@ def details(runs, baseline):
 
 def all_details(groups, baseline):
     """Return {label: four cells: p, p corrected for the rows of the table, and `details`}."""
-    compared = [label for label in groups if gain_over(groups[baseline], groups[label])]
+    compared = [label for label in groups if gain_over(groups[label], groups[baseline])]
     p_values = []
     for label in compared:
         pairs = differences(groups[label], groups[baseline])
@@ -195,7 +195,7 @@ def row(label, runs, baseline):
     parameters = max(run.parameters for run in runs.values())
     ever = max(run.ever_trained for run in runs.values())
     told = ""
-    if gain := gain_over(baseline, runs):
+    if gain := gain_over(runs, baseline):
         mean, half, n_pairs = gain
         told = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], n = {n_pairs}"
     return [f"`{label}`", n, level, f"{parameters:,}", f"{ever:,}", told]
@@ -235,7 +235,7 @@ def picture(title, groups, baseline=None):
     Raises InputError if `baseline` is not a label, or if there is no difference to draw.
     """
     labels, baseline = in_order(groups, baseline)
-    gains = {label: gain_over(groups[baseline], groups[label]) for label in labels}
+    gains = {label: gain_over(groups[label], groups[baseline]) for label in labels}
     gains = {label: gain for label, gain in gains.items() if gain}
     if not gains:
         raise InputError(f"no row shares two seeds with {baseline!r}: there is nothing to draw")
@@ -247,7 +247,13 @@ def main(argv=None):
     parser.add_argument("file", help="FILE.jsonl or FILE.jsonl.gz")
     parser.add_argument("--task", required=True)
     parser.add_argument("--budget", help="adapter parameters that a run may use")
-    parser.add_argument("--where", nargs="*", default=[], metavar="FLAG=VALUE", help="other flags")
+    parser.add_argument(
+        "--where",
+        nargs="*",
+        default=[],
+        metavar="FLAG=VALUE",
+        help="keep runs with this, or without the flag",
+    )
     parser.add_argument("--baseline", metavar="LABEL", help="row to compare with (the first)")
     more = "add p, p by Holm's method for all rows, the interval over examples, and what true "
     parser.add_argument("--details", action="store_true", help=more + "difference would have shown")
@@ -263,7 +269,7 @@ def main(argv=None):
         pairs.append(f"budget={budget}")
         title.append(f"a budget of {budget} parameters")
     if not any(pair.startswith("holdout=") for pair in args.where):
-        pairs.append("holdout=0")  # runs with a held-out part chose a flag's value: no results
+        pairs.append("holdout=0")  # runs with a held-out part served to choose a flag's value
     try:
         runs = read_runs(args.file)
         for pair in pairs + args.where:
