@@ -240,7 +240,7 @@ def table(contenders, results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="compare.py", allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="extras.compare", allow_abbrev=False,
                                      description=__doc__.splitlines()[0])  # fmt: skip
     add = parser.add_argument
     add("contenders", nargs="+", metavar="CONTENDER", help="METHOD[:FLAG=VALUE]...; these first")

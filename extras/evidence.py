@@ -8,19 +8,13 @@ only. Its label names the flags that differ between the rows.
 
 import argparse
 import collections
-import gzip
-import json
-import math
 import statistics
-import warnings
-import zlib
-
-import numpy as np
 
 from data import InputError
 from extras import forest
 from extras.files import write
-from extras.intervals import detectable, holm, mean_and_half_width, over_examples, p_value
+from extras.intervals import detectable, holm, over_examples, p_value
+from extras.results import gain_over, read_runs, select
 
 # Usual values of flags: a label does not show them.
 USUAL = {
@@ -31,88 +25,12 @@ USUAL = {
     "warmup_steps": "0",
 }
 
-# score: the metric after the last epoch, times 100. None: the run failed. right: whether it was
-# right, for every example, or None where the run did not keep that.
-Run = collections.namedtuple(
-    "Run", "flags seed score parameters ever_trained right", defaults=[None]
-)
-
-
-def as_text(value):
-    """Return the value of a flag as labels show it: q,v or 0.003."""
-    if isinstance(value, list):
-        return ",".join(value) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def read_runs(path):
-    """Return the runs in a file, with the flags that were set.
-
-    A line that was written in part is left out, with a warning. Raises InputError for anything
-    else that is no run, or if there are no runs.
-    """
-    opener = gzip.open if path.endswith(".gz") else open
-    runs = []
-    number = 1
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    warnings.warn(f"{path}, line {number}, is not whole: left out", stacklevel=2)
-                    continue
-                runs.append(as_run(record))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {number}, is no finished run: {error!r}") from None
-    if not runs:
-        raise InputError(f"{path} holds no finished run")
-    return runs
-
-
-def as_run(record):
-    """Return the Run of {"flags": {name: value}, "result": {name: value}}."""
-    set_flags = {flag: value for flag, value in record["flags"].items() if value is not None}
-    flags = {flag: as_text(value) for flag, value in set_flags.items()}
-    seed = flags.pop("seed")
-    flags.setdefault("holdout", "0")
-    if "processor" in record:
-        flags["processor"] = str(record["processor"])
-    flags["method"], flags["task"]  # every run has them
-    result = record["result"]
-    if "failed" in result:
-        return Run(flags, seed, None, 0, 0)
-    score = 100 * float(result["last"])
-    if not math.isfinite(score):
-        raise ValueError(f"the metric is {score}")
-    sizes = int(result["params_active"]), int(result["params_ever_trained"])
-    return Run(flags, seed, score, *sizes, which_are_right(result.get("dev", {})))
-
-
-def which_are_right(dev):
-    """Return the bits that a run kept of its last evaluation (n,), as 0 and 1; None without."""
-    if "right" not in dev or not dev.get("accuracy"):
-        return None
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(dev["right"]), np.uint8))
-    n = round(bits.sum() / dev["accuracy"])  # the last byte is filled up with zeros
-    return bits[:n]
-
-
-def select(runs, flag, text):
-    """Return the runs with this flag and those that lack it. Raises InputError if none has it."""
-    found = sorted({run.flags[flag] for run in runs if flag in run.flags})
-    if text not in found:
-        there = f"there are {', '.join(found)}" if found else "none has this flag"
-        raise InputError(f"no run has {flag}={text}; with the flags before it {there}")
-    return [run for run in runs if run.flags.get(flag, text) == text]
-
 
 def group(runs):
-    """Return {label: {seed: run}}, in the order of the file. Raises InputError for a run twice.
+    """Return {label: row}, in the order of the file; a row is {seed: run}.
 
     A label shows a flag if it has several values, or if some runs of a method have it and some not.
+    Raises InputError for two runs with the same flags and seed.
     """
     values = {}  # of all runs that have the flag
     number_of = collections.Counter()  # runs of a method, and those that have a flag
@@ -122,7 +40,7 @@ def group(runs):
         for flag, text in run.flags.items():
             values.setdefault(flag, set()).add(text)
             number_of[method, flag] += 1
-    groups = {}
+    rows = {}
     for run in runs:
         method = run.flags["method"]
         label = method
@@ -130,154 +48,130 @@ def group(runs):
             differs = len(values[flag]) > 1 or number_of[method, flag] < number_of[method]
             if flag != "method" and differs and text != USUAL.get(flag):
                 label += f" {flag}={text}"
-        seeds = groups.setdefault(label, {})
-        if run.seed in seeds:
+        row = rows.setdefault(label, {})
+        if run.seed in row:
             raise InputError(f"two runs are {label} seed {run.seed}: choose with --where")
-        seeds[run.seed] = run
-    return groups
+        row[run.seed] = run
+    return rows
 
 
-def ended(runs):
-    """Return {seed: score} of the runs of a row that did not fail."""
-    return {seed: run.score for seed, run in runs.items() if run.score is not None}
+def lora_first(rows):
+    """Return the rows in the order of the table: LoRA without another adapter kind is first."""
+    labels = sorted(rows, key=lambda label: (label.split()[0] != "lora", "adapter=" in label))
+    return {label: rows[label] for label in labels}
 
 
-def differences(runs, baseline):
-    """Return {seed: difference of the scores}, for the seeds that ended in both rows."""
-    scores, others = ended(runs), ended(baseline)
-    return {seed: scores[seed] - others[seed] for seed in scores if seed in others}
+def gains_over(rows, baseline):
+    """Return {label: Gain} of the rows that have one; the baseline, a label, has none.
 
-
-def gain_over(runs, baseline):
-    """Return (mean difference, half width of its interval, number of pairs).
-
-    None for the baseline itself, or if there are fewer than two pairs.
+    Raises InputError if there is no such label.
     """
-    pairs = differences(runs, baseline)
-    if len(pairs) < 2 or runs is baseline:
-        return None
-    return *mean_and_half_width(pairs.values()), len(pairs)
+    if baseline not in rows:
+        raise InputError(f"--baseline {baseline!r} is not a row; leave it out to see the rows")
+    gains = {}
+    for label, row in rows.items():
+        gain = gain_over(row, rows[baseline])
+        if gain and label != baseline:
+            gains[label] = gain
+    return gains
 
 
-def details(runs, baseline):
-    """Return two cells: an interval over examples (of accuracy), and what would have shown."""
-    pairs = differences(runs, baseline)
-    bits = [(runs[seed].right, baseline[seed].right) for seed in pairs]
-    interval = ""
-    if all(right is not None and other is not None for right, other in bits):
-        by_example = np.mean([1.0 * right - other for right, other in bits], axis=0)  # over seeds
-        low, high = over_examples(by_example)
-        interval = f"[{100 * low:+.2f}, {100 * high:+.2f}]"
-    return [interval, f"{detectable(pairs.values()):.2f}"]
+def level(row):
+    """Return cells of the table: label aside, what the runs of a row reached and trained."""
+    done = [run for run in row.values() if run.score is not None]
+    n = str(len(done)) if len(done) == len(row) else f"{len(done)} of {len(row)}"
+    if not done:
+        return [n, "", "", ""]
+    scores = [run.score for run in done]
+    mean = f"{statistics.mean(scores):.2f}"
+    if len(scores) > 1:
+        mean += f" ± {statistics.stdev(scores):.2f}"
+    parameters = max(run.parameters for run in done)
+    ever_trained = max(run.ever_trained for run in done)
+    return [n, mean, f"{parameters:,}", f"{ever_trained:,}"]
 
 
-def all_details(groups, baseline):
-    """Return {label: four cells: p, p corrected for the rows of the table, and `details`}."""
-    compared = [label for label in groups if gain_over(groups[label], groups[baseline])]
-    p_values = []
-    for label in compared:
-        pairs = differences(groups[label], groups[baseline])
-        p_values.append(p_value(list(pairs.values())))
-    cells = dict.fromkeys(groups, [""] * 4)
-    for label, p, corrected in zip(compared, p_values, holm(p_values), strict=True):
-        more = details(groups[label], groups[baseline])
-        cells[label] = [f"{p:.3f}", f"{corrected:.3f}", *more]
+def interval(gain):
+    """Return a gain as a cell of the table."""
+    low, high = gain.mean - gain.half, gain.mean + gain.half
+    return f"{gain.mean:+.2f} [{low:+.2f}, {high:+.2f}], n = {len(gain.differences)}"
+
+
+def details(gains):
+    """Return {label: four cells}: p, p corrected for all gains, over examples, detectable."""
+    p_values = [p_value(gain.differences) for gain in gains.values()]
+    cells = {}
+    for (label, gain), p, corrected in zip(gains.items(), p_values, holm(p_values), strict=True):
+        over = ""
+        if gain.by_example is not None:
+            low, high = over_examples(gain.by_example)
+            over = f"[{low:+.2f}, {high:+.2f}]"
+        cells[label] = [f"{p:.3f}", f"{corrected:.3f}", over, f"{detectable(gain.differences):.2f}"]
     return cells
 
 
-def row(label, runs, baseline):
-    """Return cells of the table: level, parameters, and the difference to the baseline."""
-    scores = list(ended(runs).values())
-    n = str(len(scores)) if len(scores) == len(runs) else f"{len(scores)} of {len(runs)}"
-    level = f"{statistics.mean(scores):.2f}" if scores else ""
-    if len(scores) > 1:
-        level += f" ± {statistics.stdev(scores):.2f}"
-    parameters = max(run.parameters for run in runs.values())
-    ever = max(run.ever_trained for run in runs.values())
-    told = ""
-    if gain := gain_over(runs, baseline):
-        mean, half, n_pairs = gain
-        told = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], n = {n_pairs}"
-    return [f"`{label}`", n, level, f"{parameters:,}", f"{ever:,}", told]
-
-
-def in_order(groups, baseline=None):
-    """Return the labels, LoRA first, and the one to compare with: the first, if none is given.
-
-    Raises InputError if `baseline` is not a label.
-    """
-    labels = sorted(groups, key=lambda label: (not label.startswith("lora"), "adapter=" in label))
-    baseline = baseline or labels[0]
-    if baseline not in groups:
-        raise InputError(f"--baseline {baseline!r} is not a row; leave it out to see the rows")
-    return labels, baseline
-
-
-def table(groups, baseline=None, has_details=False):
-    """Return a Markdown table, LoRA first. Raises InputError if `baseline` is not a label."""
-    labels, baseline = in_order(groups, baseline)
+def table(rows, baseline, has_details=False):
+    """Return the rows as a Markdown table; baseline: the label of the row to compare with."""
+    gains = gains_over(rows, baseline)
     head = ["method", "n", "mean ± sd", "parameters", "ever trained", f"minus `{baseline}` [95 %]"]
     if has_details:
-        head += ["p", "Holm", "over examples [95 %]", "would have shown"]
-        more = all_details(groups, baseline)
+        head += ["p", "p by Holm", "95 % over examples", "detectable"]
+        more = details(gains)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for label in labels:
-        cells = row(label, groups[label], groups[baseline])
+    for label, row in rows.items():
+        cells = [f"`{label}`", *level(row)]
+        cells.append(interval(gains[label]) if label in gains else "")
         if has_details:
-            cells += more[label]
+            cells += more.get(label, [""] * 4)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def picture(title, groups, baseline=None):
-    """Return the last column of `table` as a forest plot in SVG.
-
-    Raises InputError if `baseline` is not a label, or if there is no difference to draw.
-    """
-    labels, baseline = in_order(groups, baseline)
-    gains = {label: gain_over(groups[label], groups[baseline]) for label in labels}
-    gains = {label: gain for label, gain in gains.items() if gain}
+def picture(title, rows, baseline):
+    """Return the gains of `table` as a forest plot in SVG. Raises InputError if there are none."""
+    gains = gains_over(rows, baseline)
     if not gains:
         raise InputError(f"no row shares two seeds with {baseline!r}: there is nothing to draw")
     return forest.draw(title, baseline, gains)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="evidence.py", description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="FILE.jsonl or FILE.jsonl.gz")
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--budget", help="adapter parameters that a run may use")
-    parser.add_argument(
-        "--where",
-        nargs="*",
-        default=[],
-        metavar="FLAG=VALUE",
-        help="keep runs with this, or without the flag",
-    )
-    parser.add_argument("--baseline", metavar="LABEL", help="row to compare with (the first)")
-    more = "add p, p by Holm's method for all rows, the interval over examples, and what true "
-    parser.add_argument("--details", action="store_true", help=more + "difference would have shown")
-    parser.add_argument("--svg", metavar="PICTURE", help="draw the differences into this file too")
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="extras.evidence", description=about)
+    add = parser.add_argument
+    add("file", help="FILE.jsonl or FILE.jsonl.gz")
+    add("--task", required=True)
+    add("--budget", help="adapter parameters that a run may use")
+    add("--where", nargs="*", default=[], metavar="FLAG=VALUE",
+        help="keep runs with this, or without the flag")  # fmt: skip
+    add("--baseline", metavar="LABEL", help="row to compare with (the first)")
+    add("--details", action="store_true",
+        help="add p, p corrected by Holm's method for all rows, the interval over examples, and "
+        "what true difference would be detected in four cases of five")  # fmt: skip
+    add("--svg", metavar="PICTURE", help="draw the differences into this file too")
     args = parser.parse_args(argv)
-    for pair in args.where:
-        if "=" not in pair:
-            parser.error(f"--where {pair}: want FLAG=VALUE, such as lr=0.003")
+    conditions = [f"task={args.task}"]
     title = [args.task]
-    pairs = [f"task={args.task}"]
     if args.budget:
         budget = args.budget.replace(",", "")
-        pairs.append(f"budget={budget}")
+        conditions.append(f"budget={budget}")
         title.append(f"a budget of {budget} parameters")
-    if not any(pair.startswith("holdout=") for pair in args.where):
-        pairs.append("holdout=0")  # runs with a held-out part served to choose a flag's value
+    if not any(condition.startswith("holdout=") for condition in args.where):
+        conditions.append("holdout=0")  # runs with a held-out part served to choose a flag's value
+    for condition in args.where:
+        if "=" not in condition:
+            parser.error(f"--where {condition}: want FLAG=VALUE, such as lr=0.003")
+        conditions.append(condition)
+        title.append(condition)
     try:
         runs = read_runs(args.file)
-        for pair in pairs + args.where:
-            runs = select(runs, *pair.split("=", 1))
-        groups = group(runs)
+        for condition in conditions:
+            runs = select(runs, *condition.split("=", 1))
+        rows = lora_first(group(runs))
+        baseline = args.baseline or next(iter(rows))
         if args.svg:
-            write(args.svg, picture(", ".join(title + args.where), groups, args.baseline))
-        print(table(groups, args.baseline, args.details))
+            write(args.svg, picture(", ".join(title), rows, baseline))
+        print(table(rows, baseline, args.details))
     except (InputError, OSError) as error:
         parser.error(str(error))
 

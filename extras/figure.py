@@ -7,10 +7,10 @@ import argparse
 import math
 
 from data import InputError
-from extras.evidence import read_runs, select
 from extras.files import write
 from extras.forest import segment, text
 from extras.intervals import mean_and_half_width
+from extras.results import read_runs, select
 
 COMMON = {"task": "mrpc", "holdout": "0", "lr": "0.003", "epochs": "3"}
 LINES = {  # label: (colour, flags)
@@ -89,7 +89,7 @@ def draw(runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="figure.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="extras.figure", description=__doc__.splitlines()[0])
     parser.add_argument("file", help="FILE.jsonl or FILE.jsonl.gz")
     parser.add_argument("svg", help="the picture to write")
     args = parser.parse_args(argv)

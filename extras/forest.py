@@ -26,7 +26,7 @@ def segment(x1, y1, x2, y2, colour, width):
 
 def scale_of(gains):
     """Return (the largest number on the axis, the step between its ticks), in points."""
-    widest = max(abs(mean) + half for mean, half, _ in gains.values())
+    widest = max(abs(gain.mean) + gain.half for gain in gains.values())
     step = next((step for step in STEPS if 4 * step >= widest), 100)  # 4 ticks on a side at most
     return step * math.ceil(widest / step) or step, step
 
@@ -43,10 +43,10 @@ def axis(limit, step, bottom):
 
 
 def draw(title, baseline, gains):
-    """Return the picture as SVG. gains: {label: (mean difference, half width, n)}, in points."""
+    """Return the picture as SVG. gains: {label: extras.results.Gain}."""
     limit, step = scale_of(gains)
     unit = REACH / limit  # pixels for a point
-    labels = [f"{label}, n = {n}" for label, (_, _, n) in gains.items()]
+    labels = [f"{label}, n = {len(gain.differences)}" for label, gain in gains.items()]
     subtitle = f"minus {baseline}: mean and 95 % interval, in points; right of 0 is better"
     widest = max(LETTER * max(map(len, labels)), LETTER * len(subtitle) - 2 * REACH)
     left = -REACH - 30 - widest
@@ -61,10 +61,11 @@ def draw(title, baseline, gains):
         text(left + 16, 42, html.escape(subtitle)),
         *axis(limit, step, bottom),
     ]
-    for number, (mean, half, _) in enumerate(gains.values()):
+    for number, gain in enumerate(gains.values()):
         y = TOP + ROW * number + 6
+        low, high = unit * (gain.mean - gain.half), unit * (gain.mean + gain.half)
         words = html.escape(labels[number])
         marks.append(text(-REACH - 10, y + 4, words, 'text-anchor="end"'))
-        marks.append(segment(unit * (mean - half), y, unit * (mean + half), y, "#0072b2", 2))
-        marks.append(f'<circle cx="{unit * mean:.1f}" cy="{y}" r="4" fill="#0072b2"/>')
+        marks.append(segment(low, y, high, y, "#0072b2", 2))
+        marks.append(f'<circle cx="{unit * gain.mean:.1f}" cy="{y}" r="4" fill="#0072b2"/>')
     return "\n".join([*marks, "</svg>", ""])

@@ -215,7 +215,7 @@ def svg_box(box, opacity, words):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="show.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="extras.show", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="the folder that train.py --out wrote")
     parser.add_argument("--svg", metavar="FILE", help="draw it too")
     args = parser.parse_args(argv)

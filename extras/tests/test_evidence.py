@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import data
-from extras import evidence, figure, intervals
+from extras import evidence, figure, intervals, results
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PARAMETERS = {"params_active": 3072, "params_ever_trained": 4096}
@@ -115,7 +115,7 @@ def test_details_are_over_the_examples_that_the_runs_kept(show):
     low, high = intervals.over_examples(np.array([0, 0, 1, 0.5, 0, 0, 0, 0, 0, 0]))
     table = show(lines, "--details")
     assert f" | [{100 * low:+.2f}, {100 * high:+.2f}] | " in table
-    assert "+15.00 [" in table and "| over examples [95 %] | would have shown |" in table
+    assert "+15.00 [" in table and "| 95 % over examples | detectable |" in table
     # Differences of 20 and 10: t = 3 with one degree of freedom.
     p = 1 - 2 / math.pi * math.atan(3)
     assert f"n = 2 | {p:.3f} | {p:.3f} | [" in table
@@ -126,6 +126,12 @@ def test_details_of_runs_that_kept_no_examples_leave_that_cell_empty(show):
     lines += [line(seed, 0.6, method="head") for seed in range(2)]
     # Differences of -10 and -11: standard deviation 0.71; t is 12.706 and 1.376.
     assert "|  | 7.04 |" in show(lines, "--details")
+
+
+def test_a_run_that_kept_no_accuracy_has_no_bits():
+    # Without the accuracy, nothing tells how many of the last byte's bits are examples.
+    assert results.which_are_right({"right": "ff", "f1": 0.5}) is None
+    assert list(results.which_are_right({"right": "e0", "accuracy": 0.75})) == [1, 1, 1, 0]
 
 
 def test_a_difference_is_over_the_seeds_that_both_rows_have(show):
@@ -284,8 +290,8 @@ def test_the_pictures_of_the_neighbours_are_those_of_the_evidence(tmp_path, caps
 
 
 def test_the_picture_shows_mean_and_interval_by_budget():
-    runs = [evidence.Run({"budget": "3072"}, seed, 70.0 + seed, 0, 0) for seed in (1, 2, 3)]
-    runs += [evidence.Run({"budget": "1536"}, seed, 60.0, 0, 0) for seed in (1, 2)]
+    runs = [results.Run({"budget": "3072"}, seed, 70.0 + seed, 0, 0) for seed in (1, 2, 3)]
+    runs += [results.Run({"budget": "1536"}, seed, 60.0, 0, 0) for seed in (1, 2)]
     assert figure.points(runs)[0] == (1536, 60, 0)
     assert figure.points(runs)[1] == pytest.approx((3072, 72, 2.4841), abs=1e-3)
 

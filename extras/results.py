@@ -1,0 +1,132 @@
+"""Finished runs: read them from a file, choose among them, and pair them by seed.
+
+A file has one JSON object a line, {"flags": {...}, "result": {...}}, as extras.compare writes it,
+plain or gzipped.
+"""
+
+import dataclasses
+import gzip
+import json
+import math
+import warnings
+import zlib
+
+import numpy as np
+
+from data import InputError
+from extras.intervals import mean_and_half_width
+
+
+@dataclasses.dataclass
+class Run:
+    """A finished run. The fields with a default are None if the run failed."""
+
+    flags: dict  # {flag: value as text}, without the seed
+    seed: str
+    score: float | None = None  # the metric after the last epoch, times 100
+    parameters: int | None = None  # of the adapters, at the end
+    ever_trained: int | None = None  # of the adapters, at any step
+    right: np.ndarray | None = None  # (n,): 1 for each dev example that it got right, if kept
+
+
+@dataclasses.dataclass
+class Gain:
+    """What a row has more than the baseline, paired by seed, in points."""
+
+    differences: list  # one for each seed that ended in both rows
+    mean: float
+    half: float  # half the width of the mean's 95 % interval
+    by_example: np.ndarray | None  # (n,): difference for each dev example, mean over seeds
+
+
+def read_runs(path):
+    """Return the runs in a file, with the flags that were set.
+
+    A line that was written in part is left out, with a warning. Raises InputError for anything
+    else that is no run, or if there are no runs.
+    """
+    opener = gzip.open if path.endswith(".gz") else open
+    runs = []
+    number = 1
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    warnings.warn(f"{path}, line {number}, is not whole: left out", stacklevel=2)
+                    continue
+                runs.append(as_run(record))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}, line {number}, is no finished run: {error!r}") from None
+    if not runs:
+        raise InputError(f"{path} holds no finished run")
+    return runs
+
+
+def as_run(record):
+    """Return the Run of {"flags": {name: value}, "result": {name: value}}."""
+    flags = {}
+    for flag, value in record["flags"].items():
+        if value is not None:
+            flags[flag] = as_text(value)
+    seed = flags.pop("seed")
+    for needed in ("method", "task"):
+        if needed not in flags:
+            raise KeyError(needed)
+    flags.setdefault("holdout", "0")
+    if "processor" in record:
+        flags["processor"] = str(record["processor"])
+    result = record["result"]
+    if "failed" in result:
+        return Run(flags, seed)
+    score = 100 * float(result["last"])
+    if not math.isfinite(score):
+        raise ValueError(f"the metric is {score}")
+    parameters = int(result["params_active"])
+    ever_trained = int(result["params_ever_trained"])
+    right = which_are_right(result.get("dev", {}))
+    return Run(flags, seed, score, parameters, ever_trained, right)
+
+
+def as_text(value):
+    """Return the value of a flag as labels show it: q,v or 0.003."""
+    if isinstance(value, list):
+        return ",".join(value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def which_are_right(dev):
+    """Return the bits that a run kept of its last evaluation (n,), as 0 and 1; None without."""
+    if "right" not in dev or not dev.get("accuracy"):
+        return None
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(dev["right"]), np.uint8))
+    n = round(bits.sum() / dev["accuracy"])  # the last byte is filled up with zeros
+    return bits[:n]
+
+
+def select(runs, flag, text):
+    """Return the runs with this flag and those that lack it. Raises InputError if none has it."""
+    found = sorted({run.flags[flag] for run in runs if flag in run.flags})
+    if text not in found:
+        there = f"there are {', '.join(found)}" if found else "none has this flag"
+        raise InputError(f"no run has {flag}={text}; with the flags before it {there}")
+    return [run for run in runs if run.flags.get(flag, text) == text]
+
+
+def gain_over(row, baseline):
+    """Return the Gain of a row, or None if fewer than two seeds ended in both rows."""
+    pairs = []
+    for seed, run in row.items():
+        other = baseline.get(seed)
+        if other and run.score is not None and other.score is not None:
+            pairs.append((run, other))
+    if len(pairs) < 2:
+        return None
+    differences = [run.score - other.score for run, other in pairs]
+    by_example = None
+    if all(run.right is not None and other.right is not None for run, other in pairs):
+        by_example = np.mean([100.0 * run.right - 100.0 * other.right for run, other in pairs], 0)
+    return Gain(differences, *mean_and_half_width(differences), by_example)
