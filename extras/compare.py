@@ -135,7 +135,10 @@ def as_key(flags):
 
 def run(spec, flags, path):
     """Train once, unless the file at path has the result -> result, or {"failed": reason}"""
-    kept = vars(flags) | {"task": os.path.basename(flags.task), "budget": str(flags.budget)}
+    kept = vars(flags) | {
+        "task": os.path.basename(os.path.normpath(flags.task)),
+        "budget": str(flags.budget),
+    }
     unused = UNUSED[flags.method]
     if flags.init == "gradient":  # it sees the same warm-up and batches as a score
         unused = unused - {"probe_batches", "head_warmup", "warmup_steps"}
@@ -161,15 +164,19 @@ def run(spec, flags, path):
 
 
 def choose_lr(spec, flags, args):
-    """Return the learning rate that is best on a held-out part of the training set."""
+    """Return the learning rate that is best on held-out training examples, the least of equals."""
     flags = copy.copy(flags)
     flags.holdout = TUNING_SHARE
-    totals = dict.fromkeys(args.lr, 0)
-    for flags.lr in args.lr:
-        for flags.seed in args.seeds[: args.tuning_seeds]:
+    means = {}
+    for lr in sorted(args.lr):
+        flags.lr = lr
+        metrics = []
+        for seed in args.seeds[: args.tuning_seeds]:
+            flags.seed = seed
             result = run(f"{spec}, held out,", flags, args.results)
-            totals[flags.lr] += result.get("last", -math.inf)
-    return max(totals, key=totals.get)
+            metrics.append(result.get("last", -math.inf))
+        means[lr] = round(statistics.mean(metrics), 9)  # equal means may differ in the last bit
+    return max(means, key=means.get)
 
 
 def compare(args, argv):

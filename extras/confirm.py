@@ -18,31 +18,48 @@ from extras.files import write
 from extras.intervals import holm, p_value
 from extras.results import gain_over, read_runs
 
-BUDGET = "3072"
 TASKS = ("TREC", "SUBJ", "SICK", "mrpc", "sst2")
-SEEDS = [str(seed) for seed in range(200, 208)]
-BASELINES = {  # name: the flags that tell its runs from others
-    "LoRA on q and v": {"method": "lora", "targets": "q,v"},
-    "random linears": {"method": "static", "proxy": "constant", "allocator": "random-linears"},
-    "LoRA on v": {"method": "lora", "targets": "v"},
+SEEDS = ["200", "201", "202", "203", "204", "205", "206", "207"]
+TUNING_SEEDS = SEEDS[:3]
+RATES = (0.001, 0.003, 0.01)
+NEEDED = 3  # tasks on which a rule must beat both baselines
+
+# The flags that tell the runs of a row from all others.
+COMMON = {"budget": "3072", "shortcuts": "none", "precision": "bfloat16"}
+LORA = COMMON | {"method": "lora", "allocator": "middle-layers"}
+STATIC = COMMON | {"method": "static", "targets": "q,k,v,o", "rank": "1", "alpha": "2"}
+BASELINES = {
+    "LoRA on q and v": LORA | {"targets": "q,v", "rank": "2", "alpha": "4"},
+    "random linears": STATIC | {"proxy": "constant", "allocator": "random-linears"},
 }
+ON_V = {"LoRA on v": LORA | {"targets": "v", "rank": "3", "alpha": "6"}}
 RULES = {
-    "alignment, within-layer": {"proxy": "alignment", "allocator": "within-layer"},
-    "alignment, greedy": {"proxy": "alignment", "allocator": "greedy"},
+    "alignment, within-layer": STATIC | {"proxy": "alignment", "allocator": "within-layer"},
+    "alignment, greedy": STATIC | {"proxy": "alignment", "allocator": "greedy"},
 }
-NEEDED = 3  # tasks on which a rule must beat a baseline
+ROWS = BASELINES | ON_V | RULES
 
 
-def chosen_lr(runs):
-    """Return the learning rate with the best mean score, the smallest of equals (floats).
+def only_seeds(runs, seeds, what):
+    """Return {seed: run}. Raises InputError if there is not one run for each of the seeds."""
+    if sorted(run.seed for run in runs) != seeds:
+        raise InputError(f"{what}: want one run for each seed from {seeds[0]} to {seeds[-1]}")
+    return {run.seed: run for run in runs}
 
-    A rate at which a run failed is out.
+
+def chosen_lr(runs, name):
+    """Return the learning rate with the best mean accuracy on held-out examples.
+
+    The smallest of equals. A rate at which a run failed is out. Raises InputError if a run is
+    missing.
     """
-    scores = {}
-    for run in runs:
-        score = -math.inf if run.score is None else run.score
-        scores.setdefault(float(run.flags["lr"]), []).append(score)
-    return max(sorted(scores), key=lambda lr: round(statistics.mean(scores[lr]), 6))
+    means = {}
+    for lr in RATES:
+        at_lr = [run for run in runs if float(run.flags["lr"]) == lr]
+        row = only_seeds(at_lr, TUNING_SEEDS, f"{name}, held out, learning rate {lr:g}")
+        scores = [-math.inf if run.score is None else run.score for run in row.values()]
+        means[lr] = round(statistics.mean(scores), 6)  # equal means may differ in the last bit
+    return max(sorted(RATES), key=means.get)
 
 
 def row_of(runs, name, lr=None):
@@ -51,85 +68,95 @@ def row_of(runs, name, lr=None):
     lr: the rate to take; the chosen one if it is None. Raises InputError if a run is missing, was
     made twice or failed.
     """
-    flags = (BASELINES | RULES)[name]
-    runs = [run for run in runs if flags.items() <= run.flags.items()]
+    mine = []
+    for run in runs:
+        if ROWS[name].items() <= run.flags.items() and "init" not in run.flags:
+            mine.append(run)
     if lr is None:
-        tuning = [run for run in runs if run.flags["holdout"] != "0"]
-        if not tuning:
-            raise InputError(f"{name}: no runs on held-out examples")
-        lr = chosen_lr(tuning)
-    final = [run for run in runs if run.flags["holdout"] == "0" and float(run.flags["lr"]) == lr]
-    if sorted(run.seed for run in final) != SEEDS:
-        raise InputError(f"{name}, learning rate {lr:g}: want each seed of 200 to 207 once")
-    for run in final:
+        lr = chosen_lr([run for run in mine if run.flags["holdout"] == "0.2"], name)
+    on_dev = [run for run in mine if run.flags["holdout"] == "0" and float(run.flags["lr"]) == lr]
+    row = only_seeds(on_dev, SEEDS, f"{name}, learning rate {lr:g}")
+    for run in row.values():
         if run.score is None:
             raise InputError(f"{name} seed {run.seed} failed: PROTOCOL.md says how it counts")
-    return {run.seed: run for run in final}, lr
+    return row, lr
 
 
 def rows_of_tasks(runs, lr=None):
     """Return ({task: {name: row}}, {task: {name: learning rate}}). Raises InputError."""
     rows, rates = {}, {}
     for task in TASKS:
-        wanted = {"task": task, "budget": BUDGET}
-        mine = [run for run in runs if wanted.items() <= run.flags.items()]
-        processors = {run.flags.get("processor", "?") for run in mine}
+        of_task = [run for run in runs if run.flags["task"] == task]
+        processors = {run.flags.get("processor", "?") for run in of_task}
         if len(processors) > 1:
             raise InputError(f"{task}: runs of several processors: {', '.join(sorted(processors))}")
         rows[task], rates[task] = {}, {}
-        for name in BASELINES | RULES:
+        for name in ROWS:
             try:
-                rows[task][name], rates[task][name] = row_of(mine, name, lr)
+                rows[task][name], rates[task][name] = row_of(of_task, name, lr)
             except InputError as error:
                 raise InputError(f"{task}: {error}") from None
     return rows, rates
 
 
-def levels(rows, rates):
-    """Return a Markdown table: the mean score of each row on each task, and its learning rate."""
+def table_of_means(rows, rates):
+    """Return a Markdown table: the accuracy of each row on each task, and its learning rate."""
     lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
-    for name in BASELINES | RULES:
+    for name in ROWS:
         cells = []
         for task in TASKS:
             scores = [run.score for run in rows[task][name].values()]
-            spread = f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}"
-            cells.append(f"{spread} ({rates[task][name]:g})")
+            mean, sd = statistics.mean(scores), statistics.stdev(scores)
+            cells.append(f"{mean:.2f} ± {sd:.2f} ({rates[task][name]:g})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def gains_over(rows, baseline):
-    """Return {"task, rule": Gain over the baseline}: a family of comparisons."""
-    gains = {}
+def family_of(rows, other):
+    """Return {(rule, task): Gain over another row}: what is corrected together."""
+    family = {}
     for rule in RULES:
         for task in TASKS:
-            gains[f"{task}, {rule}"] = gain_over(rows[task][rule], rows[task][baseline])
-    return gains
+            family[rule, task] = gain_over(rows[task][rule], rows[task][other])
+    return family
 
 
-def family(baseline, gains):
-    """Return a Markdown table of the comparisons with a baseline."""
-    head = f"| | minus {baseline} [95 %] | p | p by Holm | 95 % over examples | detectable |"
-    lines = [head, "|---" * 6 + "|"]
-    more = details(gains)
-    for label, gain in gains.items():
-        lines.append(f"| {' | '.join([label, interval(gain), *more[label]])} |")
+def table_of_family(family, other):
+    """Return a Markdown table: every rule on every task, minus another row."""
+    head = f"| | | minus {other} [95 %] | p | p by Holm | 95 % over examples | detectable |"
+    lines = [head, "|---" * 7 + "|"]
+    more = details(family)
+    for (rule, task), gain in family.items():
+        lines.append(f"| {' | '.join([rule, task, interval(gain), *more[rule, task]])} |")
     return "\n".join(lines)
 
 
-def verdict(baseline, gains):
-    """Return a line for each rule: on which tasks it beats the baseline."""
-    corrected = holm([p_value(gain.differences) for gain in gains.values()])
-    beaten = {rule: [] for rule in RULES}
-    for (label, gain), p in zip(gains.items(), corrected, strict=True):
-        task, rule = label.split(", ", 1)
-        if gain.mean > 0 and p < 0.05:
-            beaten[rule].append(task)
+def beaten(family):
+    """Return the (rule, task) at which the rule is better: mean > 0, and p by Holm < 0.05."""
+    corrected = holm([p_value(gain.differences) for gain in family.values()])
+    where = zip(family.items(), corrected, strict=True)
+    return {key for (key, gain), p in where if gain.mean > 0 and p < 0.05}
+
+
+def answer(families):
+    """Return what the protocol concludes of each rule, a line each. families: {row: family}."""
     lines = []
-    for rule, tasks in beaten.items():
-        passed = "passes" if len(tasks) >= NEEDED else "does not pass"
-        where = f"on {', '.join(tasks)}" if tasks else "on no task"
-        lines.append(f"{rule} beats {baseline} {where}: it {passed} (want {NEEDED} tasks).")
+    for rule in RULES:
+        both = [
+            task
+            for task in TASKS
+            if all((rule, task) in beaten(families[baseline]) for baseline in BASELINES)
+        ]
+        line = f"{rule}: beats both baselines on {len(both)} of {len(TASKS)} tasks"
+        line += f" ({', '.join(both)})" if both else ""
+        line += f", and {NEEDED} are needed."
+        if len(both) >= NEEDED:
+            on_v = [task for task in TASKS if (rule, task) in beaten(families["LoRA on v"])]
+            line += f" It beats LoRA on v on {len(on_v)}: "
+            line += "YES." if len(on_v) >= NEEDED else "NO better than that fixed placement."
+        else:
+            line += " NO."
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -138,20 +165,22 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="extras.confirm", description=about)
     parser.add_argument("file", help="FILE.jsonl or FILE.jsonl.gz")
     parser.add_argument("--lr", type=float, help="take the runs at this rate, and judge nothing")
-    parser.add_argument("--svg", metavar="PICTURE", help="draw the first family into this file")
+    parser.add_argument("--svg", metavar="PICTURE", help="draw the differences to LoRA on q and v")
     args = parser.parse_args(argv)
     try:
         rows, rates = rows_of_tasks(read_runs(args.file), args.lr)
-        blocks = [levels(rows, rates)]
-        for baseline in BASELINES:
-            gains = gains_over(rows, baseline)
-            blocks.append(family(baseline, gains))
-            if args.lr is None:
-                blocks.append(verdict(baseline, gains))
+        families = {other: family_of(rows, other) for other in BASELINES | ON_V}
+        blocks = [table_of_means(rows, rates)]
+        blocks += [table_of_family(family, other) for other, family in families.items()]
+        if args.lr is None:
+            blocks.append(answer(families))
         if args.svg:
-            baseline = next(iter(BASELINES))
-            title = f"Confirmation at {int(BUDGET):,} parameters"
-            write(args.svg, forest.draw(title, baseline, gains_over(rows, baseline)))
+            title = "3,072 parameters, each row at its chosen learning rate"
+            if args.lr is not None:
+                title = f"3,072 parameters, all rows at learning rate {args.lr:g}"
+            baseline = "LoRA on q and v"
+            gains = {f"{task}: {rule}": gain for (rule, task), gain in families[baseline].items()}
+            write(args.svg, forest.draw(title, baseline, gains))
         print("\n\n".join(blocks))
     except (InputError, OSError) as error:
         parser.error(str(error))

@@ -33,19 +33,21 @@ def group(runs):
     Raises InputError for two runs with the same flags and seed.
     """
     values = {}  # of all runs that have the flag
-    number_of = collections.Counter()  # runs of a method, and those that have a flag
+    runs_of = collections.Counter()  # {method: runs}
+    runs_with = collections.Counter()  # {(method, flag): runs}
     for run in runs:
         method = run.flags["method"]
-        number_of[method] += 1
+        runs_of[method] += 1
         for flag, text in run.flags.items():
             values.setdefault(flag, set()).add(text)
-            number_of[method, flag] += 1
+            runs_with[method, flag] += 1
     rows = {}
     for run in runs:
         method = run.flags["method"]
         label = method
         for flag, text in sorted(run.flags.items()):
-            differs = len(values[flag]) > 1 or number_of[method, flag] < number_of[method]
+            some_lack_it = runs_with[method, flag] < runs_of[method]
+            differs = some_lack_it or len(values[flag]) > 1
             if flag != "method" and differs and text != USUAL.get(flag):
                 label += f" {flag}={text}"
         row = rows.setdefault(label, {})
@@ -77,7 +79,7 @@ def gains_over(rows, baseline):
 
 
 def level(row):
-    """Return cells of the table: label aside, what the runs of a row reached and trained."""
+    """Return four cells: the number of runs, their score, parameters, and ever trained."""
     done = [run for run in row.values() if run.score is not None]
     n = str(len(done)) if len(done) == len(row) else f"{len(done)} of {len(row)}"
     if not done:
@@ -143,7 +145,7 @@ def main(argv=None):
     add("--task", required=True)
     add("--budget", help="adapter parameters that a run may use")
     add("--where", nargs="*", default=[], metavar="FLAG=VALUE",
-        help="keep runs with this, or without the flag")  # fmt: skip
+        help="keep runs with this, and runs without the flag")  # fmt: skip
     add("--baseline", metavar="LABEL", help="row to compare with (the first)")
     add("--details", action="store_true",
         help="add p, p corrected by Holm's method for all rows, the interval over examples, and "

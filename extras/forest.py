@@ -48,8 +48,9 @@ def draw(title, baseline, gains):
     unit = REACH / limit  # pixels for a point
     labels = [f"{label}, n = {len(gain.differences)}" for label, gain in gains.items()]
     subtitle = f"minus {baseline}: mean and 95 % interval, in points; right of 0 is better"
-    widest = max(LETTER * max(map(len, labels)), LETTER * len(subtitle) - 2 * REACH)
-    left = -REACH - 30 - widest
+    beside = LETTER * max(map(len, labels))  # pixels left of the plot
+    above = LETTER * max(len(title), len(subtitle)) - 2 * REACH
+    left = -REACH - 30 - max(beside, above)
     width = REACH + 30 - left
     bottom = TOP + ROW * len(gains)
     height = bottom + 34

@@ -1,13 +1,15 @@
 """Means with their 95 % intervals: over seeds by Student's t, over examples by a bootstrap."""
 
+import functools
 import math
 import statistics
 
 import numpy as np
 
 
+@functools.cache
 def student_table(degrees):
-    """Return (u, P(|T| < sqrt(degrees) tan u)) as arrays, for Student's T of so many degrees."""
+    """Return angles u, and for each the share of Student's T within +-sqrt(degrees) tan u."""
     u = np.linspace(0, math.pi / 2, 200_001)
     middles = (u[1:] + u[:-1]) / 2
     density = np.cos(middles) ** (degrees - 1)  # of u, but for a factor
@@ -22,11 +24,14 @@ def student_t(p, degrees):
 
 
 def p_value(differences):
-    """Return the two-sided p of Student's t test that the mean difference is 0."""
+    """Return the two-sided p of Student's t test that the mean difference is 0.
+
+    1 if all differences are equal, up to rounding: then nothing tells how far they vary.
+    """
     n = len(differences)
+    if max(differences) - min(differences) < 1e-9:
+        return 1.0
     error = statistics.stdev(differences) / math.sqrt(n)
-    if error == 0:
-        return 1.0  # there is nothing to measure the mean by
     t = abs(statistics.mean(differences)) / error
     u, shares = student_table(n - 1)
     return 1 - float(np.interp(math.atan(t / math.sqrt(n - 1)), u, shares))

@@ -19,19 +19,19 @@ from extras.intervals import mean_and_half_width
 
 @dataclasses.dataclass
 class Run:
-    """A finished run. The fields with a default are None if the run failed."""
+    """A finished run. What has a default is None if the run failed, or did not keep it."""
 
     flags: dict  # {flag: value as text}, without the seed
     seed: str
     score: float | None = None  # the metric after the last epoch, times 100
     parameters: int | None = None  # of the adapters, at the end
     ever_trained: int | None = None  # of the adapters, at any step
-    right: np.ndarray | None = None  # (n,): 1 for each dev example that it got right, if kept
+    right: np.ndarray | None = None  # (n,): 1 for each dev example that it got right, else 0
 
 
 @dataclasses.dataclass
 class Gain:
-    """What a row has more than the baseline, paired by seed, in points."""
+    """A row minus the baseline, paired by seed, in points."""
 
     differences: list  # one for each seed that ended in both rows
     mean: float
@@ -87,7 +87,10 @@ def as_run(record):
         raise ValueError(f"the metric is {score}")
     parameters = int(result["params_active"])
     ever_trained = int(result["params_ever_trained"])
-    right = which_are_right(result.get("dev", {}))
+    # The bits are those of accuracy. They say nothing of another metric.
+    right = None
+    if result.get("metric") == "accuracy":
+        right = unpack_right(result.get("dev", {}))
     return Run(flags, seed, score, parameters, ever_trained, right)
 
 
@@ -98,9 +101,9 @@ def as_text(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def which_are_right(dev):
-    """Return the bits that a run kept of its last evaluation (n,), as 0 and 1; None without."""
-    if "right" not in dev or not dev.get("accuracy"):
+def unpack_right(dev):
+    """Return what data.which_are_right packed (n,), as 0 and 1; None if it is not there."""
+    if not dev.get("right") or not dev["accuracy"]:
         return None
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(dev["right"]), np.uint8))
     n = round(bits.sum() / dev["accuracy"])  # the last byte is filled up with zeros
@@ -111,9 +114,16 @@ def select(runs, flag, text):
     """Return the runs with this flag and those that lack it. Raises InputError if none has it."""
     found = sorted({run.flags[flag] for run in runs if flag in run.flags})
     if text not in found:
-        there = f"there are {', '.join(found)}" if found else "none has this flag"
-        raise InputError(f"no run has {flag}={text}; with the flags before it {there}")
+        there = f"have {', '.join(found)}" if found else "lack this flag"
+        raise InputError(f"no run has {flag}={text}; those that meet the other conditions {there}")
     return [run for run in runs if run.flags.get(flag, text) == text]
+
+
+def have_the_same_examples(run, other):
+    """Return whether two runs kept which examples they got right, of equally many examples."""
+    if run.right is None or other.right is None:
+        return False
+    return len(run.right) == len(other.right)
 
 
 def gain_over(row, baseline):
@@ -127,6 +137,6 @@ def gain_over(row, baseline):
         return None
     differences = [run.score - other.score for run, other in pairs]
     by_example = None
-    if all(run.right is not None and other.right is not None for run, other in pairs):
+    if all(have_the_same_examples(*pair) for pair in pairs):
         by_example = np.mean([100.0 * run.right - 100.0 * other.right for run, other in pairs], 0)
     return Gain(differences, *mean_and_half_width(differences), by_example)

@@ -137,7 +137,7 @@ def test_a_torn_last_line_is_left_out_and_done_again(runs, tmp_path):
 def test_each_contender_chooses_its_learning_rate_on_held_out_examples(runs, capsys):
     compare.main("lora dynamic:lr=2 --lr 3 1 8 --seeds 0 1 2".split())
     tuning = [(r.method, r.lr, r.seed) for r in runs if r.holdout]
-    assert tuning == [("lora", lr, seed) for lr in (3, 1, 8) for seed in (0, 1)]
+    assert tuning == [("lora", lr, seed) for lr in (1, 3, 8) for seed in (0, 1)]
     assert {r.holdout for r in runs} == {0.2, None}
     assert [cells[0] for cells in rows(capsys).values()] == ["1", "2"]
 

@@ -110,7 +110,7 @@ def test_details_are_over_the_examples_that_the_runs_kept(show):
             dev = data.accuracy(predictions, labels)
             dev["right"] = data.which_are_right(predictions, labels)
             text = json.loads(line(seed, dev["accuracy"], method=method))
-            text["result"]["dev"] = dev
+            text["result"] |= {"dev": dev, "metric": "accuracy"}
             lines.append(json.dumps(text) + "\n")
     low, high = intervals.over_examples(np.array([0, 0, 1, 0.5, 0, 0, 0, 0, 0, 0]))
     table = show(lines, "--details")
@@ -130,8 +130,8 @@ def test_details_of_runs_that_kept_no_examples_leave_that_cell_empty(show):
 
 def test_a_run_that_kept_no_accuracy_has_no_bits():
     # Without the accuracy, nothing tells how many of the last byte's bits are examples.
-    assert results.which_are_right({"right": "ff", "f1": 0.5}) is None
-    assert list(results.which_are_right({"right": "e0", "accuracy": 0.75})) == [1, 1, 1, 0]
+    assert results.unpack_right({"right": "e0", "accuracy": 0.0}) is None
+    assert list(results.unpack_right({"right": "e0", "accuracy": 0.75})) == [1, 1, 1, 0]
 
 
 def test_a_difference_is_over_the_seeds_that_both_rows_have(show):
@@ -179,10 +179,19 @@ def test_another_row_can_be_the_baseline(show):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--where", "lr=5"], "no run has lr=5; with the flags before it there are 0.001"),
-        (["--where", "speed=5"], "no run has speed=5; with the flags before it none has this flag"),
+        (
+            ["--where", "lr=5"],
+            "no run has lr=5; those that meet the other conditions have 0.001",
+        ),
+        (
+            ["--where", "speed=5"],
+            "no run has speed=5; those that meet the other conditions lack",
+        ),
         (["--where", "speed"], "--where speed: want FLAG=VALUE"),
-        (["--budget", "7"], "no run has budget=7; with the flags before it there are 3072"),
+        (
+            ["--budget", "7"],
+            "no run has budget=7; those that meet the other conditions have 3072",
+        ),
         (["--baseline", "full"], "'full' is not a row"),
         (["--svg", "none.svg"], "there is nothing to draw"),
     ],
