@@ -286,7 +286,7 @@ def train(args):
             heterolora.set_ranks(adapters, plain_lora(adapters, args.allocator, budget))
             run.log(f"lora    {heterolora.cost(adapters):,} parameters are on")
         if args.init == "gradient" and not run.has_state():
-            start_along_gradients(args, model, adapters, train_set)
+            progress.search_seconds += start_along_gradients(args, model, adapters, train_set)
         run.log_grid(adapters)
         model.train()
         if progress.step == 0:

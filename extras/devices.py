@@ -11,8 +11,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def find_device(name=None):
     """Return the torch.device that was asked for, or a GPU if there is one. Raises InputError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.ones(1, device=device).item()  # fails on a device that is not there, or holds no data
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None

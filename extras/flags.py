@@ -14,7 +14,9 @@ def number(kind, above, most=sys.maxsize):
     def parse(text):
         value = kind(text)
         if not above < value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: want more than {above}, at most {most}")
+            least = f"at least {above + 1}" if kind is int else f"more than {above}"
+            limit = f", at most {most}" if most < sys.maxsize else ""
+            raise argparse.ArgumentTypeError(f"{text}: want {least}{limit}")
         return value
 
     parse.__name__ = "whole number" if kind is int else "number"
@@ -22,7 +24,7 @@ def number(kind, above, most=sys.maxsize):
 
 
 def path(text):
-    """Return a name, which may not be empty, as that of an unset variable is."""
+    """Return a name as it is. It may not be empty, as that of an unset shell variable is."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return text

@@ -7,6 +7,8 @@ search turns on later keep their random A. LoRA-GA (arXiv 2407.05000) and LoRA-O
 2502.01235) start A and B from the gradient; here it is A alone.
 """
 
+import time
+
 import torch
 
 import heterolora
@@ -30,10 +32,12 @@ def gradient_rows(model, adapters, batches, loss_fn):
 def start_along_gradients(args, model, adapters, train_set):
     """Give A new values, from gradients after a warm-up and on the first allocation's batches.
 
-    Only the modules that are on take part. With several warm-ups it is the first one.
+    Only the modules that are on take part. With several warm-ups it is the first one. Returns the
+    seconds that it took.
     """
     from train import generator, loss_fn
 
+    begin = time.perf_counter()
     draws = generator(args.seed, "first probing")
     batches = train_set.sample(args.probe_batches, args.batch_size, draws)
     ranks = {name: adapter.rank for name, adapter in adapters.items()}
@@ -43,3 +47,4 @@ def start_along_gradients(args, model, adapters, train_set):
     for adapter, values in rows.items():
         (A, slices), _ = adapter.active(adapter.rank)
         A.data[slices] = values * A.detach()[slices].norm(dim=1, keepdim=True)
+    return time.perf_counter() - begin

@@ -42,7 +42,8 @@ def resumed_args(parser, args, argv):
     given = {name: value for name, value in given.items() if value is not None}
     extra = sorted(set(given) - {"resume", *PLACES})
     if extra:
-        parser.error(f"--resume takes its flags from the run, and no {', '.join(extra)}")
+        extra = ", ".join(f"--{name.replace('_', '-')}" for name in extra)
+        parser.error(f"--resume takes its flags from the run, and no {extra}")
     flags = read_config(args.resume)["flags"] | given
     flags["out"] = args.resume
     return parser.parse_args([f"--{name.replace('_', '-')}={flags[name]}" for name in flags])
@@ -96,6 +97,12 @@ class Run:
         if not self.folder:
             return
         self.lock = lock(self.path("lock"))  # held while this object, or the process, lives
+        if os.path.isfile(self.path("result.json")):
+            raise InputError(f"{self.folder}: another process has just finished this run")
+        if not self.is_new and not self.has_state():
+            if os.path.isfile(self.path("adapters.pt")):
+                raise InputError(f"{self.folder} has adapters.pt, but neither state nor result")
+            self.log(f"resume  {self.folder} from the start: no step was saved")
         if not self.has_state():  # begin anew: what an early end may have left is not of this run
             for name in LOGS:
                 with contextlib.suppress(FileNotFoundError):
@@ -107,7 +114,7 @@ class Run:
                 raise InputError(f"{args.model} has other weights than when {self.folder} began")
             self.config["command"] = before["command"]
         self.config["checksum"] = self.checksum = run_checksum(flags, model.checkpoint)
-        if not self.has_state():  # `load` writes it where there is one, once that fits
+        if not self.has_state():  # else `load` writes config.json, once the state is checked
             self.write_config()
 
     def write_config(self):
@@ -282,9 +289,12 @@ def highest_ranks(args, search):
 
 
 def extra_seconds(progress):
-    """Return what recording added: recorded steps take longer for a token than plain ones."""
+    """Return what recording added: recorded steps take longer for a token than plain ones.
+
+    0 if that cannot be told: no step was plain, or the first one, which is slow, outweighs it.
+    """
     plain_tokens = progress.tokens - progress.recorded_tokens
     if plain_tokens == 0:
         return 0.0
     per_token = (progress.step_seconds - progress.recorded_seconds) / plain_tokens
-    return progress.recorded_seconds - progress.recorded_tokens * per_token
+    return max(0.0, progress.recorded_seconds - progress.recorded_tokens * per_token)

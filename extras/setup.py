@@ -17,8 +17,8 @@ EPOCHS = {"mrpc": 5, "rte": 10, "cola": 5, "sst2": 1, "qnli": 1, "qqp": 1, "mnli
 
 def check_flags(args):
     """Raise InputError for flags that do not go together."""
-    is_text = args.task in data.GLUE or os.path.isdir(args.task)
-    if args.model == "built-in" and is_text and args.task not in data.BUILT_IN:
+    needs_checkpoint = args.task in data.GLUE or os.path.isdir(args.task)
+    if args.model == "built-in" and needs_checkpoint and args.task not in data.BUILT_IN:
         raise InputError(f"task {args.task} needs --model: a checkpoint folder or a hub id")
     if args.method == "full" and args.precision == "bfloat16":
         raise InputError("--precision bfloat16 is of frozen weights, and --method full has none")
@@ -28,6 +28,10 @@ def check_flags(args):
         raise InputError(f"--method lora has no scores: --allocator may be {rules}")
     if args.method in ("alora", "adalora") and args.allocator != "greedy":
         raise InputError(f"--method {args.method} has its own rule: leave --allocator out")
+    if args.init == "gradient" and args.method in ("head", "full"):
+        raise InputError(f"--method {args.method} has no adapters: leave --init out")
+    if args.method == "lora" and args.targets == []:
+        raise InputError("--method lora is of linears, and there are none: give --targets")
     if args.score_repeats and args.method not in ("static", "dynamic"):
         raise InputError(f"--method {args.method} has no first score: leave --score-repeats out")
 

@@ -4,6 +4,7 @@ $HF_TOKEN is sent to the hub's own host only.
 """
 
 import contextlib
+import errno
 import http.client
 import os
 import re
@@ -25,6 +26,7 @@ except ImportError:  # Windows
 HUB = ("HF_ENDPOINT", "https://huggingface.co")  # a variable that names another server
 PAUSES = (0, 1, 2, 4)  # seconds before each attempt
 TIMEOUT = 30  # seconds without a byte
+NO_NETWORK = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
 class NotThere(InputError):
@@ -123,6 +125,10 @@ def attempt(url, part):
     except InputError:
         raise
     except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+        return f"the connection broke: {error}"
+    except OSError as error:  # others are of the disk
+        if error.errno not in NO_NETWORK:
+            raise
         return f"the connection broke: {error}"
     except ValueError as error:  # also what urllib raises for a redirect to http://[
         return f"the answer is none: {error}"

@@ -31,11 +31,11 @@ def first_allocation(args, run, search, train_set):
             batches = train_set.sample(args.probe_batches, args.batch_size, draws)
             rounds.append(search.score(batches))
         search.generator.manual_seed(search.seed)  # ties are broken in the same way every time
+        search.history.clear()  # each allocation takes the place of the one before
         ranks = search.reallocate(scores=mean_scores(rounds))["ranks"]
         if ranks == before:
             break
         before = ranks
-    del search.history[:-1]
     if args.score_repeats:
         run.log(f"score   mean of {len(rounds)} warm-ups")
 
@@ -82,15 +82,15 @@ def warmed_up(args, model, adapters, train_set, repeat=0):
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if repeat:
         model.draw_head(draws_for(args, "head", repeat))
-    heterolora.set_ranks(adapters, {})
-    if args.warmup_steps:
-        heterolora.set_ranks(adapters, dict.fromkeys(adapters, RANK))
-        batches = train_set.sample(args.warmup_steps, args.batch_size, draws)
-        train_together(args, model, adapters, batches)
-    elif args.head_warmup:
-        n_batches = min(args.head_warmup, HEAD_BATCHES)
-        train_head(model, train_set.sample(n_batches, args.batch_size, draws), args.head_warmup)
     try:
+        heterolora.set_ranks(adapters, {})
+        if args.warmup_steps:
+            heterolora.set_ranks(adapters, dict.fromkeys(adapters, RANK))
+            batches = train_set.sample(args.warmup_steps, args.batch_size, draws)
+            train_together(args, model, adapters, batches)
+        elif args.head_warmup:
+            n_batches = min(args.head_warmup, HEAD_BATCHES)
+            train_head(model, train_set.sample(n_batches, args.batch_size, draws), args.head_warmup)
         yield
     finally:
         model.load_state_dict(start, strict=False)
@@ -98,15 +98,18 @@ def warmed_up(args, model, adapters, train_set, repeat=0):
 
 
 def train_together(args, model, adapters, batches):
-    """Take a step on each of the batches, as in training."""
+    """Take a step on each of the batches, as in training. Raises FloatingPointError."""
     from train import loss_fn, make_optimizer, update
 
     model.train()
     torch.manual_seed(args.seed)  # dropout
     optimizer, schedule = make_optimizer(args, model, adapters, len(batches))
     for batch in batches:
-        loss_fn(model, batch).backward()
+        loss = loss_fn(model, batch)
+        loss.backward()
         update(model, adapters, optimizer, schedule)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss} in the warm-up: try a lower --lr")
 
 
 def train_head(model, batches, steps):

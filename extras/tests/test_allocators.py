@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import extras.allocators  # noqa: F401  it registers the rules
+import train
 from heterolora import ALLOCATORS
 
 
@@ -189,3 +190,8 @@ def test_without_linears_random_linears_buys_nothing_and_does_not_complain():
         assert allocate("random-linears", {"0.shortcut_ffn": 1.0}, {"0.shortcut_ffn": [1]}, 2) == {
             "0.shortcut_ffn": 0
         }
+
+
+def test_plain_lora_without_linears_is_refused(capsys):
+    assert train.main(["--method", "lora", "--targets", "none", "--shortcuts", "all"]) == 2
+    assert "--method lora is of linears, and there are none" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What extras/downloads.py and transfer.py claim, against a server on this machine."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import http.server
@@ -209,6 +210,23 @@ def test_a_download_that_fails_names_the_address_and_leaves_no_file(
 def test_a_server_that_cannot_be_reached_is_an_error(server, tmp_path):
     with pytest.raises(InputError, match="cannot be reached: .*refused; gave up after 4"):
         transfer.fetch("http://127.0.0.1:9/file", str(tmp_path / "file"), accept)
+
+
+def test_a_network_that_goes_down_in_mid_download_is_tried_again(server, tmp_path, monkeypatch):
+    server.content["/file"] = BODY
+    download = transfer.download
+    errors = [OSError(errno.ENETUNREACH, "Network is unreachable")]
+
+    def first_fails(url, part):
+        if errors:
+            raise errors.pop()
+        return download(url, part)
+
+    monkeypatch.setattr(transfer, "download", first_fails)
+    assert fetch(server, tmp_path) == BODY
+    errors.append(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space"):
+        transfer.fetch(f"{server.url}/file", str(tmp_path / "other"), accept)
 
 
 def test_a_file_with_another_sha256_is_refused_and_not_kept(server, tmp_path):

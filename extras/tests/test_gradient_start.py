@@ -9,6 +9,7 @@ import data
 import heterolora
 import train
 from extras.gradient_start import gradient_rows, start_along_gradients
+from extras.warm_up import warmed_up
 from heterolora import set_ranks
 from test_heterolora import loss_fn, make_batches, make_model, run
 
@@ -56,6 +57,29 @@ def test_a_run_starts_from_other_values_with_it(tmp_path, method):
         losses.append(result["dev"]["loss"])
         assert 0 < result["params_active"] <= 6000
     assert losses[0] != losses[1]
+
+
+def test_the_gradient_is_that_after_the_warm_up_of_the_head():
+    flags = ["--method", "lora", "--shortcuts", "none", "--train-limit", "128", "--rank", "1"]
+    args = train.parse_args([*flags, "--probe-batches", "2", "--precision", "float32"])
+    task, tokenizer, model, adapters = train.prepare(args)
+    split = data.Split(task.train, tokenizer, 32, "cpu")
+    start_along_gradients(args, model, adapters, split)
+    batches = split.sample(2, args.batch_size, train.generator(0, "first probing"))
+    module = model.encoder.layers[1].v
+    with warmed_up(args, model, adapters, split):
+        module.host.weight.requires_grad_(True)
+        loss = sum(train.loss_fn(model.eval(), batch) for batch in batches) / 2
+        (G,) = torch.autograd.grad(loss, module.host.weight)
+    _, _, Vh = torch.linalg.svd(G)
+    cosine = torch.cosine_similarity(module.adapter.A[0], Vh[0], dim=0)
+    assert abs(cosine.item()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["head", "full"])
+def test_a_method_without_adapters_has_nothing_to_start(capsys, method):
+    assert train.main(["--method", method, "--init", "gradient"]) == 2
+    assert f"--method {method} has no adapters: leave --init out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("warm_up", [["--warmup-steps", "20", "--lr", "0.05"], []])

@@ -26,7 +26,7 @@ def test_a_new_run_does_not_take_files_that_lie_in_its_folder_for_its_own(tmp_pa
     assert run("--method", "head", out=tmp_path) == 2
 
 
-def test_a_run_that_broke_off_before_its_first_state_begins_anew(tmp_path, monkeypatch):
+def test_a_run_that_broke_off_before_its_first_state_begins_anew(tmp_path, monkeypatch, capsys):
     def fail(self, state):
         raise OSError("disk full")
 
@@ -34,8 +34,36 @@ def test_a_run_that_broke_off_before_its_first_state_begins_anew(tmp_path, monke
         patch.setattr(extras.runs.Run, "save", fail)
         assert run(out=tmp_path / "a") == 1
     assert train.main(["--resume", str(tmp_path / "a")]) == 0
+    assert "from the start: no step was saved" in capsys.readouterr().out
     lines = (tmp_path / "a" / "history.jsonl").read_text().splitlines()
     assert sum("modules" in json.loads(line) for line in lines) == 1
+
+
+def test_a_run_that_lost_its_state_and_result_is_not_trained_again(tmp_path, capsys):
+    assert run("--method", "head", out=tmp_path) == 0
+    learned = (tmp_path / "adapters.pt").read_bytes()
+    os.remove(tmp_path / "result.json")
+    assert train.main(["--resume", str(tmp_path)]) == 2
+    assert "has adapters.pt, but neither state nor result" in capsys.readouterr().err
+    assert (tmp_path / "adapters.pt").read_bytes() == learned
+
+
+def test_a_run_that_another_process_ends_meanwhile_stays_as_it_is(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run("--method", "head", out=tmp_path) == 130
+    prepare = train.prepare
+
+    def slow_prepare(args):
+        monkeypatch.undo()
+        assert train.main(["--resume", str(tmp_path)]) == 0  # the other process
+        return prepare(args)
+
+    monkeypatch.setattr(train, "prepare", slow_prepare)
+    args = train.parse_args(["--resume", str(tmp_path)])
+    with pytest.raises(InputError, match="another process has just finished this run"):
+        train.train(args)
+    assert read_losses(tmp_path)
 
 
 def test_a_run_follows_its_checkpoint_to_another_folder(tmp_path):
@@ -72,6 +100,14 @@ def test_what_recording_adds_counts_as_search_and_not_as_training():
     progress.count(1, 0.5, ((torch.zeros(2, 50),), torch.zeros(2)), 1.0, False)
     progress.count(2, 0.5, ((torch.zeros(2, 100),), torch.zeros(2)), 2.6, True)
     assert extras.runs.extra_seconds(progress) == pytest.approx(0.6)
+
+
+def test_recording_never_takes_less_than_no_time():
+    progress = extras.state.Progress()
+    batch = (torch.zeros(2, 50),), torch.zeros(2)
+    progress.count(1, 0.5, batch, 1.0, False)  # the first step of a process is slow
+    progress.count(2, 0.5, batch, 0.1, True)
+    assert extras.runs.extra_seconds(progress) == 0
 
 
 def stop_after(monkeypatch, steps):
@@ -214,7 +250,8 @@ def test_another_kind_with_shared_parameters_is_counted_searched_saved_and_resum
 
 def test_a_run_that_another_process_trains_is_refused(tmp_path, capsys):
     assert run(out=tmp_path / "a") == 0
-    os.remove(tmp_path / "a" / "result.json")
+    for name in ("result.json", "adapters.pt"):
+        os.remove(tmp_path / "a" / name)
     held = extras.files.lock(tmp_path / "a" / "lock")
     assert train.main(["--resume", str(tmp_path / "a")]) == 2
     assert "another process trains this run" in capsys.readouterr().err
