@@ -423,6 +423,8 @@ class HeteroLoRA:
         nothing to score.
         """
         function = PROXIES[self.proxy]
+        if (self.recorded_steps if batches is None else len(batches)) == 0:
+            raise ValueError("nothing to score: give batches, or record training steps first")
         if batches is None:
             scores = self._from_means(self.recorded, self.recorded_steps)
             self.recorded = {}
@@ -448,8 +450,6 @@ class HeteroLoRA:
 
     @torch.no_grad()
     def _from_means(self, sums, steps):
-        if steps == 0:
-            raise ValueError("nothing to score: give batches, or record training steps first")
         scores = dict.fromkeys(self.adapters, 0.0)  # of a module that the loss does not reach
         for name, adapter in self.adapters.items():
             if adapter in sums:

@@ -9,8 +9,9 @@ choice is final.
 
 What differs from the paper: the schedule counts parameters, not ranks, so that modules of any
 shape end within the budget; its ends are shares of the steps; a choice is made after every step;
-and the last one is not made again. It starts with START times the budget or a little more. With a
---rank, or a budget that is a share, it starts with the whole search space.
+the last one is not made again; the term of the loss is a mean of norms, as in the authors' code,
+where the paper sums squares. It starts with START times the budget or a little more. With a --rank,
+or a budget that is a share, it starts with the whole search space.
 """
 
 import torch

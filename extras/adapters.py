@@ -51,11 +51,12 @@ class TiedLoRA(Adapter):
 
     Tied-LoRA (Renduchintala et al. 2024, arXiv 2311.09578). Linears of one type, such as all q,
     share; u (r,) and v (d_out,) are each module's own. `trained` says which of the four train.
-    With A and B frozen it is VeRA (Kopiczko et al. 2024, arXiv 2310.11454) but for two things: in
-    VeRA all types share A and B too, and u starts at 0.1.
+    With A and B frozen it is a relative of VeRA (Kopiczko et al. 2024, arXiv 2310.11454), where all
+    types share A and B too, u starts at 0.1, and there is no factor alpha / r. So it wants another
+    learning rate than VeRA.
 
     Our choice, since the papers differ: A as in LoRA, u = 1. If B trains, B = 0 and v = 1; else B
-    is drawn from U(-1/sqrt(r), 1/sqrt(r)) and v = 0, and must train. So dW starts at 0.
+    is drawn from U(-1/sqrt(r), 1/sqrt(r)), v = 0, and v must train. So dW starts at 0.
     """
 
     def __init__(self, d_in, d_out, rank, alpha, generator=None, trained=("A", "B", "u", "v")):

@@ -25,7 +25,8 @@ def real_tokens(model):
     signature = inspect.signature(model.forward)
 
     def remember(module, args, kwargs):
-        masks[0] = signature.bind(*args, **kwargs).arguments.get("attention_mask")
+        given = signature.bind(*args, **kwargs).arguments
+        masks[0] = given.get("attention_mask", kwargs.get("attention_mask"))  # or in its **kwargs
 
     hook = model.register_forward_pre_hook(remember, with_kwargs=True)
     try:
@@ -65,21 +66,32 @@ def feature_norms(model, batches, loss_fn):
     return {adapter: totals[adapter] / counts[adapter] for adapter in totals}
 
 
-@proxy("misalignment", measure=None)
-def misalignment(model, adapters, batches, loss_fn):
-    """NFN: a control, which buys what PLoP would buy last.
+def signed_norms(model, adapters, batches, loss_fn, sign):
+    """Return {name: sign * NFN}.
 
-    A connection has no W, and gets 1, the NFN of the identity. So does a linear without inputs.
+    A connection has no W, and NFN 1, that of the identity. A linear that no input reaches gets a
+    lower score than all others.
     """
     norms = feature_norms(model, batches, loss_fn)
-    return {name: norms.get(adapter, 1.0) for name, adapter in adapters.items()}
+    linears = {module.adapter for module in model.modules() if isinstance(module, LoRALinear)}
+    scores = {}
+    for name, adapter in adapters.items():
+        if adapter in norms or adapter not in linears:
+            scores[name] = sign * norms.get(adapter, 1.0)
+    lowest = min(scores.values(), default=0.0) - 1
+    return {name: scores.get(name, lowest) for name in adapters}
+
+
+@proxy("misalignment", measure=None)
+def misalignment(model, adapters, batches, loss_fn):
+    """NFN: a control, which buys what PLoP would buy last."""
+    return signed_norms(model, adapters, batches, loss_fn, sign=1)
 
 
 @proxy("alignment", measure=None)
 def alignment(model, adapters, batches, loss_fn):
     """-NFN of every module."""
-    scores = misalignment(model, adapters, batches, loss_fn)
-    return {name: -score for name, score in scores.items()}
+    return signed_norms(model, adapters, batches, loss_fn, sign=-1)
 
 
 @proxy("alignment-by-type", measure=None)

@@ -44,11 +44,11 @@ def uniform(scores, costs, budget, generator):
 def layers_of(costs):
     """Return the names of the modules as a list for every layer, in the model's order.
 
-    The last number in a name tells the layer: "layers.3.q", or "layers.3.self_attn.q_proj".
+    The first number in a name tells the layer: "layers.3.q", or "layers.3.mlp.experts.7.up_proj".
     """
     layers = {}
     for name in costs:
-        numbered = re.match(r"(.*\.)?\d+\.", name)
+        numbered = re.match(r"(.*?\.)??\d+\.", name)
         layer = numbered[0] if numbered else name.rpartition(".")[0]
         layers.setdefault(layer, []).append(name)
     return list(layers.values())

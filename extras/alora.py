@@ -11,8 +11,8 @@ The score of a rank is loss(without it) - loss(with it alone).
 Our choices, where the paper is silent or has an arrangement that short runs do not allow: the
 interval is --realloc-every; the examples are SCORE_EXAMPLES new ones from the training set in every
 round, not one fixed validation batch; an eighth of the ranks is dropped each time; a rank that is
-new stays for a round, as its B is still near 0; the scale does not depend on how many ranks are on.
-As in the paper, what nobody can take is lost: with all modules at --rank, nobody can.
+new stays for a round, as its B is still near 0; the scale does not depend on how many ranks are on;
+what no module can take in one round is offered again in the next one, where the paper loses it.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ ROUNDS = 8
 class ALoRA(HeteroLoRA):
     """The search of ALoRA. `follow` tells it the optimizer.
 
-    `dropped`, {module name: ranks}, is what `allocate` drops and `switch` moves out of the way.
+    `allocate` sets `dropped`, {module name: ranks}, and `switch` moves these ranks out of the way.
     """
 
     def follow(self, optimizer):
@@ -100,7 +100,8 @@ class ALoRA(HeteroLoRA):
 
     def candidates(self, scores):
         """Return [(score, module name, rank)] of all ranks but those that are one round old."""
-        before = self.history[-2]["ranks"] if len(self.history) > 1 else {}  # [-1] is on now
+        # history[-1] is on now. What came on since history[-2] stands last in its module.
+        before = self.history[-2]["ranks"] if len(self.history) > 1 else {}
         found = []
         for name, adapter in self.adapters.items():
             n_young = max(0, adapter.rank - before.get(name, adapter.rank))

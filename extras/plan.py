@@ -55,8 +55,8 @@ def rank_pattern(
     batches are a few of the training data; loss_fn(model, batch) returns a scalar; budget is in
     adapter parameters; targets are the last parts of the names of nn.Linear modules. A head without
     training makes scores meaningless: train it first, alone. What the loss does not go through
-    scores 0. Raises ValueError for a budget that buys nothing and for names that do not exist, and
-    what HeteroLoRA.score raises.
+    comes last. Raises ValueError for a budget that buys nothing, for names that do not exist, and
+    where HeteroLoRA.score does.
     """
     if type(budget) is not int or budget < 1:
         raise InputError(f"budget {budget!r:.40}: want a whole number of adapter parameters")
@@ -130,7 +130,8 @@ def exact_patterns(adapters):
     ranks = {}
     alphas = {}
     for name, adapter in adapters.items():
-        # PEFT looks for KEY as "(.*\.)?(KEY)$", before 0.15 as ".*\.KEY$": this is exact in both.
+        # PEFT looks for KEY as "(.*\.)?(KEY)$", before 0.15 as ".*\.KEY$". The first branch matches
+        # nothing, and takes what PEFT writes before KEY to itself: so this is exact in both.
         key = "^|^" + re.escape(name)
         ranks[key] = adapter.rank
         alphas[key] = adapter.scale * adapter.rank

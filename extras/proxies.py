@@ -36,17 +36,20 @@ def mean_over(batches, model, loss_fn, measure):
     sums = {}
     for batch in batches:
         with recording(model, measure, sums) as outputs:
-            torch.autograd.grad(loss_fn(model, batch), outputs, allow_unused=True)
+            loss = loss_fn(model, batch)
+            if outputs:  # some adapted module was reached
+                torch.autograd.grad(loss, outputs, allow_unused=True)
     return {adapter: totals[0] / len(batches) for adapter, totals in sums.items()}
 
 
 def squared_gradients(adapter, x, d):
     """x (n, ..., d_in), d (n, ..., d_out) -> [sum over the n examples of |dl_i/dB|^2]
 
-    B is taken to be the last parameter that `active` names. Another kind than LoRA must name last
-    one whose gradient is not 0 at the start.
+    B is taken to be the last parameter with values that `active` names. Another kind than LoRA must
+    name last one whose gradient is not 0 at the start.
     """
-    last_parameter, _ = adapter.active(adapter.max_rank)[-1]
+    parameters = [parameter for parameter, _ in adapter.active(adapter.max_rank)]
+    last_parameter = [parameter for parameter in parameters if parameter.numel() > 0][-1]
     total = 0.0
     for x_i, d_i in zip(x, d, strict=True):
         with torch.enable_grad():
@@ -101,10 +104,11 @@ def first_order_change(adapter, x, d):
 
 @proxy("path", measure=None)
 def path(model, adapters, batches, loss_fn):
-    """-<G, dW> with G taken half way: the module's part of the fall of the loss from no dW to all.
+    """-<G, dW> with G taken half way: the module's part in the fall of the loss by all that is on.
 
-    The midpoint rule for integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365). At full
-    scale <G, dW> says little, as training has brought it near 0.
+    What is off is scored as if it were added. The midpoint rule for integrated gradients
+    (Sundararajan et al. 2017, arXiv 1703.01365). At full scale <G, dW> says little, as training has
+    brought it near 0.
     """
     for adapter in adapters.values():
         adapter.scale /= 2

@@ -25,8 +25,11 @@ def synflow(model, adapters, batches, loss_fn):
 
     def flow(twin, batch):
         """Return R, the sum of the first example's logits."""
-        with _Linearised():
-            return loss_fn(twin, batch)
+        with _Linearised() as linearised:
+            R = loss_fn(twin, batch)
+        if not linearised.has_seen_the_logits:
+            raise ValueError("synflow: loss_fn must call cross_entropy or mse_loss with the logits")
+        return R
 
     return HeteroLoRA(twin, twin_adapters, 0, flow, "snip").score(batches[:1])
 
@@ -37,10 +40,14 @@ class _Linearised(TorchFunctionMode):
     loss_fn must call cross_entropy or mse_loss with the logits. What is not listed stays as it is.
     """
 
+    has_seen_the_logits = False
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.__name__
         x = args[0] if args else None
+        if name == "linear":  # inputs that are no tokens, such as images, come in 32 bits
+            return function(x.to(args[1].dtype), *args[1:], **kwargs)
         if name == "embedding":
             return args[1].new_ones(*x.shape, args[1].shape[1])
         if name == "layer_norm":  # gain and bias, which torch hands on as keywords
@@ -54,5 +61,6 @@ class _Linearised(TorchFunctionMode):
         if name == "sigmoid":  # x * sigmoid(x) is another way to write silu
             return torch.ones_like(x)
         if name in ("cross_entropy", "mse_loss"):
+            self.has_seen_the_logits = True
             return x[0].sum()
         return function(*args, **kwargs)

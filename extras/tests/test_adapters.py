@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+import extras.proxies  # noqa: F401  registers fisher
 import heterolora
 import train
 from extras.adapters import ADAPTERS, LoRAXS, PRoLoRA, SVDLoRA, TiedLoRA, usual_rank

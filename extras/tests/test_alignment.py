@@ -38,7 +38,20 @@ def test_a_weight_of_zeros_gives_a_number():
     assert score(model, adapters, make_batches(), "alignment")["layers.1.v"] == 0
 
 
-def test_it_is_the_norm_of_W_z_over_that_of_W_times_a_gaussian_as_long():
+def test_a_linear_that_no_input_reaches_is_bought_last():
+    model = nn.ModuleDict({"used": nn.Linear(4, 3), "unused": nn.Linear(4, 3)})
+    nn.init.constant_(model["used"].weight, 1.0)  # magnifies what points along it: NFN > 1
+    adapters = inject(model, ["used", "unused"], [], 2, 2)
+
+    def loss_fn(model, x):
+        return model["used"](x).sum()
+
+    for name in ("alignment", "misalignment"):
+        scores = HeteroLoRA(model, adapters, 0, loss_fn, name).score([torch.ones(5, 4)])
+        assert scores["unused"] < scores["used"]
+
+
+def test_the_formula_is_the_norm_of_W_z_over_that_of_W_times_a_gaussian_as_long():
     torch.manual_seed(0)
     W, z = torch.randn(30, 20), torch.randn(20)
     gaussians = torch.randn(20_000, 20)
@@ -57,6 +70,26 @@ def test_padding_does_not_count():
     assert scores == pytest.approx(
         score(model, adapters, [((changed, mask), labels)], "alignment"), rel=1e-5
     )
+
+
+def test_padding_does_not_count_where_the_mask_comes_in_kwargs():
+    model, adapters = make_model(["q"], [])
+    ((ids, mask), labels) = make_batches(1)[0]
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids, **kwargs):
+            return self.inner(ids, kwargs["attention_mask"])
+
+    def loss_fn(wrapper, ids):
+        return wrapper(ids, attention_mask=mask).sum()
+
+    search = HeteroLoRA(Wrapper(), adapters, 0, loss_fn, "alignment")
+    expected = search.score([ids])
+    assert search.score([ids.masked_fill(mask == 0, 39)]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_labels_do_not_count_and_the_control_is_the_opposite():

@@ -176,6 +176,19 @@ def test_layers_are_found_in_the_names_of_other_models():
     assert all(rank == (".1." in name) for name, rank in ranks.items())
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["layer.0.SelfAttention.q", "layer.0.SelfAttention.v", "layer.1.DenseReluDense.wo"],  # T5
+        ["mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "self_attn.q_proj"],
+    ],
+)
+def test_parts_of_a_layer_that_have_numbers_too_are_no_layers(names):
+    costs = {f"decoder.block.{i}.{name}": [1] for i in range(2) for name in names}
+    layers = extras.allocators.layers_of(costs)
+    assert layers == [list(costs)[:3], list(costs)[3:]]
+
+
 def test_random_linears_never_draws_a_shortcut_and_does_not_look_at_the_scores():
     scores = {"0.q": 0.0, "0.v": 9.0, "0.shortcut_ffn": 99.0}
     costs = {name: [1, 1] for name in scores}

@@ -131,6 +131,11 @@ def test_new_ranks_go_to_the_best_modules_by_their_mean_that_lost_none():
     assert after == {"a": 2, "b": 3, "c": 4, "d": 2, "off": 1}
 
 
+def test_a_module_that_is_off_grows_after_those_that_are_on():
+    after, _ = allocate({"off": 0, "a": 2, "b": 2}, {"off": [], "a": [1, 5], "b": [3, 3]}, 4 * 16)
+    assert after == {"off": 0, "a": 1, "b": 3}
+
+
 def test_what_was_left_over_is_spent_too():
     after, dropped = allocate({"a": 2, "b": 2}, {"a": [1, 5], "b": [9, 9]}, budget=5 * 16)
     assert dropped == {"a": [0]}
@@ -213,6 +218,8 @@ def test_new_values_depend_on_the_seed_of_the_search_alone():
         search.switch(search.history[0]["ranks"] | {"layers.0.v": 3})
         drawn.append(search.adapters["layers.0.v"].A[2].tolist())
     assert drawn[0] == drawn[1]
+    search.switch(search.history[0]["ranks"] | {"layers.0.v": 3, "layers.1.v": 3})
+    assert search.adapters["layers.1.v"].A[2].tolist() != drawn[0]  # every new rank has its own
 
 
 def test_the_first_allocation_keeps_the_initial_values():

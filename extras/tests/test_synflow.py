@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from extras.synflow import _Linearised
-from heterolora import inject
+from heterolora import HeteroLoRA, inject
 from model import ACTIVATIONS
 from test_heterolora import make_batches, make_model, score
 
@@ -51,6 +51,28 @@ def test_synflow_does_not_look_at_the_labels_and_gives_q_and_k_zero():
     assert scores == score(model, adapters, [(inputs, (labels + 1) % 3)], "synflow")
     for name, value in scores.items():
         assert (value == 0) == name.endswith((".q", ".k")), name
+
+
+def test_a_layer_norm_is_its_gain_and_bias_alone():
+    norm = nn.LayerNorm(2)
+    norm.weight.data, norm.bias.data = torch.tensor([2.0, 3.0]), torch.tensor([0.5, 0.0])
+    with _Linearised():
+        assert norm(torch.tensor([[10.0, -1.0]])).tolist() == [[20.5, -3.0]]
+
+
+def test_inputs_may_be_numbers_and_the_loss_must_be_one_that_it_knows():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    adapters = inject(model, ["0"], [], rank=2, alpha=2)
+    nn.init.normal_(adapters["0"].B)
+    x, labels = torch.randn(5, 4), torch.zeros(5, dtype=torch.long)
+
+    def score_with(loss):
+        search = HeteroLoRA(model, adapters, 0, lambda model, x: loss(model(x), labels), "synflow")
+        return search.score([x])["0"]
+
+    assert score_with(F.cross_entropy) > 0
+    with pytest.raises(ValueError, match="must call cross_entropy or mse_loss with the logits"):
+        score_with(lambda logits, labels: F.nll_loss(logits.log_softmax(1), labels))
 
 
 def test_synflow_takes_every_activation_and_attention_for_linear():
