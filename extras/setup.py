@@ -8,7 +8,8 @@ import torch
 import data
 from data import InputError
 from extras import devices
-from extras.alora import SCORE_EXAMPLES
+from extras.adalora import AdaLoRA
+from extras.alora import SCORE_EXAMPLES, ALoRA
 from extras.checkpoints import find_checkpoint
 from model import load_pretrained
 
@@ -91,9 +92,6 @@ def place(args, task, model):
 
 def neighbour(args, model, adapters, loss_fn, optimizer, total):
     """Return the search of --method alora or adalora, tied to an optimizer of `total` steps."""
-    from extras.adalora import AdaLoRA
-    from extras.alora import ALoRA
-
     common = (model, adapters, int(args.budget), loss_fn)
     if args.method == "alora":
         return ALoRA(*common, seed=args.seed).follow(optimizer)
