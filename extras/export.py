@@ -154,13 +154,6 @@ def check_adapters(classifier, for_peft):
         raise InputError("--peft writes LoRA, and none is on: use --merge")
 
 
-def same_path(path, other):
-    """Tell whether two paths, of which either may be None, are one."""
-    return (
-        path is not None and other is not None and os.path.abspath(path) == os.path.abspath(other)
-    )
-
-
 def main(argv=None):
     """Run the command -> exit status: 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(prog="extras.export", description=__doc__.splitlines()[0])
@@ -170,10 +163,11 @@ def main(argv=None):
     parser.add_argument("--model", help="the checkpoint, if it has moved")
     args = parser.parse_args(argv)
     try:
-        if not (args.merge or args.peft) or same_path(args.merge, args.peft):
+        folders = [os.path.abspath(folder) for folder in (args.merge, args.peft) if folder]
+        if not folders or folders[0] in folders[1:]:
             raise InputError("give --merge DIR, --peft DIR, or both, with different folders")
-        for folder in (args.merge, args.peft):
-            if folder and os.path.exists(folder):
+        for folder in folders:
+            if os.path.exists(folder):
                 raise InputError(f"{folder} is there already: give a new folder")
         classifier = train.load_run(args.run, args.model)
         check_adapters(classifier, for_peft=args.peft)

@@ -16,7 +16,7 @@ STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # between two ticks, in points
 
 
 def text(x, y, words, more=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{words}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{html.escape(str(words))}</text>'
 
 
 def segment(x1, y1, x2, y2, colour, width):
@@ -58,15 +58,14 @@ def draw(title, baseline, gains):
     marks = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} 0 {width} {height}" {style}>',
         f'<rect x="{left}" width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
-        text(left + 16, 24, html.escape(title), 'font-weight="bold"'),
-        text(left + 16, 42, html.escape(subtitle)),
+        text(left + 16, 24, title, 'font-weight="bold"'),
+        text(left + 16, 42, subtitle),
         *axis(limit, step, bottom),
     ]
     for number, gain in enumerate(gains.values()):
         y = TOP + ROW * number + 6
         low, high = unit * (gain.mean - gain.half), unit * (gain.mean + gain.half)
-        words = html.escape(labels[number])
-        marks.append(text(-REACH - 10, y + 4, words, 'text-anchor="end"'))
+        marks.append(text(-REACH - 10, y + 4, labels[number], 'text-anchor="end"'))
         marks.append(segment(low, y, high, y, "#0072b2", 2))
         marks.append(f'<circle cx="{unit * gain.mean:.1f}" cy="{y}" r="4" fill="#0072b2"/>')
     return "\n".join([*marks, "</svg>", ""])

@@ -14,6 +14,7 @@ import os
 
 from data import InputError
 from extras.files import write
+from extras.forest import text
 from heterolora import SHORTCUTS
 
 LEFT, WIDTH = 110, 600  # of the picture: where the allocations begin, and how wide they are
@@ -181,9 +182,9 @@ def draw(costs, history):
     strip = row * len(layers) + 10  # height of a type
     step = WIDTH / len(history)  # width of an allocation
     title = f"{len(layers)} layers down ({layers[0]} on top), {len(history)} allocations across"
-    parts = [svg_text(LEFT, 16, title, "start")]
+    parts = [text(LEFT, 16, title)]
     for i, kind in enumerate(kinds):
-        parts.append(svg_text(LEFT - 8, 26 + (i + 0.5) * strip, kind, "end"))
+        parts.append(text(LEFT - 8, 26 + (i + 0.5) * strip, kind, 'text-anchor="end"'))
     for (layer, kind), name in names.items():
         y = 26 + kinds.index(kind) * strip + layers.index(layer) * row
         parts.append(svg_box((LEFT, y, WIDTH, 0.9 * row), 0.05, name))
@@ -200,11 +201,6 @@ def draw(costs, history):
     style = 'font-family="sans-serif" font-size="11" fill="#4a86d8"'
     start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>'
     return "\n".join([start, *parts, "</svg>\n"])
-
-
-def svg_text(x, y, words, anchor):
-    """Return an SVG text; anchor says which end of it is at x."""
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(words)}</text>'
 
 
 def svg_box(box, opacity, words):
