@@ -74,27 +74,32 @@ def judge(tmp_path, capsys):
 
 def test_a_rule_must_beat_both_baselines_on_the_same_three_tasks(tuning, judge):
     greedy = {(task, "alignment, greedy"): 0.03 for task in ("TREC", "SICK", "sst2")}
-    assert "alignment, greedy: beats both baselines on 3 of 5 tasks (TREC, SICK, sst2)" in judge(
+    assert "alignment, greedy beats both baselines on 3 of 5 tasks (TREC, SICK, sst2)" in judge(
         tuning + on_dev(greedy)
     )
     # The draw is as good on TREC, and LoRA on q and v on SICK.
     good = {("TREC", "random linears"): 0.03, ("SICK", "LoRA on q and v"): 0.03}
     text = judge(tuning + on_dev(greedy | good))
-    assert "alignment, greedy: beats both baselines on 1 of 5 tasks (sst2), and 3 are" in text
-    assert "alignment, within-layer: beats both baselines on 0 of 5 tasks, and 3 are" in text
-    assert text.count(" NO.") == 2
+    assert (
+        "alignment, greedy beats both baselines on 1 of 5 tasks (sst2): NO, 3 are needed." in text
+    )
+    assert "alignment, within-layer beats both baselines on 0 of 5 tasks: NO, 3 are needed." in text
 
 
 def test_a_rule_that_passes_is_compared_with_lora_on_v(tuning, judge):
     rule = {(task, "alignment, greedy"): 0.03 for task in ("TREC", "SICK", "sst2")}
-    assert "It beats LoRA on v on 3: YES." in judge(tuning + on_dev(rule))
+    assert "on 3 of 5 tasks (TREC, SICK, sst2), and LoRA on v on 3: YES." in judge(
+        tuning + on_dev(rule)
+    )
     on_v = {("TREC", "LoRA on v"): 0.03}
-    assert "It beats LoRA on v on 2: NO better than" in judge(tuning + on_dev(rule | on_v))
+    assert "but LoRA on v on 2: NO better than that fixed placement" in judge(
+        tuning + on_dev(rule | on_v)
+    )
 
 
 def test_a_rule_that_is_worse_beats_nothing_however_small_p_is(tuning, judge):
     worse = {(task, "alignment, greedy"): -0.1 for task in confirm.TASKS}
-    assert "alignment, greedy: beats both baselines on 0 of 5" in judge(tuning + on_dev(worse))
+    assert "alignment, greedy beats both baselines on 0 of 5" in judge(tuning + on_dev(worse))
 
 
 def test_the_answer_is_by_p_that_is_corrected_for_two_rules_on_five_tasks(tuning, judge):
@@ -102,7 +107,7 @@ def test_the_answer_is_by_p_that_is_corrected_for_two_rules_on_five_tasks(tuning
     three = {(task, "alignment, greedy"): 0 for task in ("TREC", "SICK", "sst2")}
     text = judge(tuning + on_dev(three))
     assert "| alignment, greedy | SICK | +0.50 [+0.05, +0.95], n = 8 | 0.033 | 0.331 |" in text
-    assert "alignment, greedy: beats both baselines on 0 of 5 tasks" in text
+    assert "alignment, greedy beats both baselines on 0 of 5 tasks" in text
 
 
 def test_equal_differences_prove_nothing(tuning, judge):
