@@ -175,6 +175,12 @@ def test_fisher_tells_modules_apart_before_training(kind):
     assert all(score > 0 for score in scores.values())
 
 
+def test_fisher_scores_prolora_of_one_rank_which_has_no_shared_chunk():
+    model, adapters = make_model("prolora", rank=1, trained=False)
+    scores = HeteroLoRA(model, adapters, 0, loss_fn, "fisher").score(make_batches())
+    assert all(score > 0 for score in scores.values())
+
+
 def test_what_layers_share_is_one_object_and_counts_once():
     model, adapters = make_model("tied", rank=2)
     assert adapters["layers.0.q"].A is adapters["layers.2.q"].A
