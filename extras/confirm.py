@@ -24,7 +24,7 @@ TUNING_SEEDS = SEEDS[:3]
 RATES = (0.001, 0.003, 0.01)
 NEEDED = 3  # tasks on which a rule must beat both baselines
 
-# The flags that tell the runs of a row from all others.
+# The flags that tell a row's runs from the others of the protocol. None has --init gradient.
 COMMON = {"budget": "3072", "shortcuts": "none", "precision": "bfloat16"}
 LORA = COMMON | {"method": "lora", "allocator": "middle-layers"}
 STATIC = COMMON | {"method": "static", "targets": "q,k,v,o", "rank": "1", "alpha": "2"}
@@ -51,7 +51,7 @@ def chosen_lr(runs, name):
     """Return the learning rate with the best mean accuracy on held-out examples.
 
     The smallest of equals. A rate at which a run failed is out. Raises InputError if a run is
-    missing.
+    missing, or if every rate is out.
     """
     means = {}
     for lr in RATES:
@@ -59,6 +59,8 @@ def chosen_lr(runs, name):
         row = only_seeds(at_lr, TUNING_SEEDS, f"{name}, held out, learning rate {lr:g}")
         scores = [-math.inf if run.score is None else run.score for run in row.values()]
         means[lr] = round(statistics.mean(scores), 6)  # equal means may differ in the last bit
+    if max(means.values()) == -math.inf:
+        raise InputError(f"{name}, held out: a run failed at every learning rate")
     return max(sorted(RATES), key=means.get)
 
 
@@ -145,16 +147,15 @@ def answer(families):
     """Return what the protocol concludes of each rule, a line each. families: {row: family}."""
     lines = []
     for rule in RULES:
-        both = list(TASKS)
-        for baseline in BASELINES:
-            both = [task for task in both if task in beaten(families[baseline], rule)]
+        won = [beaten(families[baseline], rule) for baseline in BASELINES]
+        both = [task for task in TASKS if all(task in tasks for tasks in won)]
         on_v = beaten(families["LoRA on v"], rule)
         line = f"{rule} beats both baselines on {len(both)} of {len(TASKS)} tasks"
         line += f" ({', '.join(both)})" if both else ""
         if len(both) < NEEDED:
             line += f": NO, {NEEDED} are needed."
         elif len(on_v) < NEEDED:
-            line += f", but LoRA on v on {len(on_v)}: NO better than that fixed placement."
+            line += f": YES, but no better than LoRA on v ({len(on_v)} tasks)."
         else:
             line += f", and LoRA on v on {len(on_v)}: YES."
         lines.append(line)

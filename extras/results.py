@@ -21,7 +21,7 @@ from extras.intervals import mean_and_half_width
 class Run:
     """A finished run. What has a default is None if the run failed, or did not keep it."""
 
-    flags: dict  # {flag: value as text}, without the seed
+    flags: dict  # {flag: value as text}, without the seed, with the processor
     seed: str
     score: float | None = None  # the metric after the last epoch, times 100
     parameters: int | None = None  # of the adapters, at the end
@@ -119,7 +119,7 @@ def select(runs, flag, text):
     return [run for run in runs if run.flags.get(flag, text) == text]
 
 
-def have_the_same_examples(run, other):
+def have_equally_many_examples(run, other):
     """Return whether two runs kept which examples they got right, of equally many examples."""
     if run.right is None or other.right is None:
         return False
@@ -137,6 +137,6 @@ def gain_over(row, baseline):
         return None
     differences = [run.score - other.score for run, other in pairs]
     by_example = None
-    if all(have_the_same_examples(*pair) for pair in pairs):
+    if all(have_equally_many_examples(*pair) for pair in pairs):
         by_example = np.mean([100.0 * run.right - 100.0 * other.right for run, other in pairs], 0)
     return Gain(differences, *mean_and_half_width(differences), by_example)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 import train
+from data import InputError
 from extras import compare, confirm, results
 
 # The rows as docs/PROTOCOL.md writes them, and the flags of its command.
@@ -92,9 +93,7 @@ def test_a_rule_that_passes_is_compared_with_lora_on_v(tuning, judge):
         tuning + on_dev(rule)
     )
     on_v = {("TREC", "LoRA on v"): 0.03}
-    assert "but LoRA on v on 2: NO better than that fixed placement" in judge(
-        tuning + on_dev(rule | on_v)
-    )
+    assert "YES, but no better than LoRA on v (2 tasks)" in judge(tuning + on_dev(rule | on_v))
 
 
 def test_a_rule_that_is_worse_beats_nothing_however_small_p_is(tuning, judge):
@@ -133,6 +132,10 @@ def test_each_row_takes_the_rate_that_was_best_on_held_out_examples():
     failed = at(0.01, 0.9, 0.9, 0.9)
     failed[1]["result"] = {"failed": "the loss is nan"}
     assert chosen(low + at(0.003, 0.5, 0.5, 0.5) + failed) == 0.003
+    for run in (everything := low + at(0.003, 0.5, 0.5, 0.5) + failed):
+        run["result"] = {"failed": "the loss is nan"}
+    with pytest.raises(InputError, match="a run failed at every learning rate"):
+        chosen(everything)
 
 
 def test_compare_chooses_the_same_rate_of_two_that_tie(monkeypatch):
