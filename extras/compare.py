@@ -14,7 +14,6 @@ import copy
 import datetime
 import itertools
 import json
-import math
 import os
 import statistics
 import sys
@@ -27,9 +26,10 @@ import extras.allocators  # noqa: F401  they register what a contender can name
 import extras.proxies  # noqa: F401
 import train
 from data import InputError
+from extras.evidence import gain_cell, level, mean_and_sd
 from extras.fast_cpu import processor_name
 from extras.flags import number
-from extras.intervals import mean_and_half_width
+from extras.results import best_lr, gain_over, run_of
 from extras.show import jaccard
 from heterolora import ALLOCATORS, PROXIES
 
@@ -167,16 +167,14 @@ def choose_lr(spec, flags, args):
     """Return the learning rate that is best on held-out training examples, the least of equals."""
     flags = copy.copy(flags)
     flags.holdout = TUNING_SHARE
-    means = {}
-    for lr in sorted(args.lr):
+    scores = {lr: [] for lr in sorted(args.lr)}
+    for lr in scores:
         flags.lr = lr
-        metrics = []
         for seed in args.seeds[: args.tuning_seeds]:
             flags.seed = seed
             result = run(f"{spec}, held out,", flags, args.results)
-            metrics.append(result.get("last", -math.inf))
-        means[lr] = round(statistics.mean(metrics), 9)  # equal means may differ in the last bit
-    return max(means, key=means.get)
+            scores[lr].append(result.get("last"))
+    return best_lr(scores) or min(scores)
 
 
 def compare(args, argv):
@@ -186,63 +184,44 @@ def compare(args, argv):
     for spec, flags in contenders.items():
         if len(args.lr) > 1 and flags.method != "head" and ":lr=" not in spec:
             flags.lr = choose_lr(spec, flags, args)
-    results = {spec: [] for spec in contenders}
+    results = {spec: {} for spec in contenders}
     for seed in args.seeds:
         for spec, flags in contenders.items():
             flags.seed = seed
-            results[spec].append(run(spec, flags, args.results))
+            results[spec][seed] = run(spec, flags, args.results)
     return table(contenders, results)
 
 
-def in_percent(values):
-    """Return "mean ± standard deviation" in percent."""
-    text = f"{100 * statistics.mean(values):.2f}"
-    return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.2f}"
-
-
-def difference(runs, others):
-    """Return the mean paired difference in percent and its interval, "" if there is no pair."""
-    differences = []
-    for result, other in zip(runs, others, strict=True):
-        if "failed" not in result and "failed" not in other:
-            differences.append(100 * (result["last"] - other["last"]))
-    if runs is others or not differences:
-        return ""
-    mean, half = mean_and_half_width(differences)
-    if len(differences) == 1:
-        return f"{mean:+.2f}"
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-
-
-def overlap(runs):
+def overlap(ended):
     """Return the mean Jaccard index of the modules that are on, over pairs of seeds, "" for one."""
-    pairs = itertools.combinations([result["ranks"] for result in runs], 2)
+    pairs = itertools.combinations([result["ranks"] for result in ended], 2)
     values = [jaccard(ranks, others) for ranks, others in pairs]
     return f"{statistics.mean(values):.2f}" if values else ""
 
 
 def table(contenders, results):
-    """Return a Markdown table of {contender: its results, in the order of the seeds}.
+    """Return a Markdown table of {contender: {seed: result}}, as extras.evidence has it, and more.
 
     A difference is over the seeds at which both ended, with a 95 % interval of Student's t.
     """
-    first = next(iter(results.values()))
-    head = "contender | lr | n | last | best | parameters | ever trained | overlap of seeds"
-    lines = [f"| {head} | minus the first [95 %] | seconds |", "|---" * 10 + "|"]
-    for spec, runs in results.items():
-        ended = [result for result in runs if "failed" not in result]
-        row = [f"`{spec}`", f"{contenders[spec].lr:g}", f"{len(ended)} of {len(runs)}"]
+    rows = {}
+    for spec, of_spec in results.items():
+        rows[spec] = {seed: run_of({}, str(seed), result) for seed, result in of_spec.items()}
+    first = next(iter(rows))
+    head = "contender | lr | n | mean ± sd | parameters | ever trained | minus the first [95 %]"
+    lines = [f"| {head} | best | overlap of seeds | seconds |", "|---" * 10 + "|"]
+    for spec, row in rows.items():
+        gain = gain_over(row, rows[first])
+        difference = gain_cell(gain) if gain and spec != first else ""
+        cells = [f"`{spec}`", f"{contenders[spec].lr:g}", *level(row), difference]
+        ended = [result for result in results[spec].values() if "failed" not in result]
         if ended:
             seconds = [result["train_seconds"] + result["search_seconds"] for result in ended]
-            row.append(in_percent([result["last"] for result in ended]))
-            row.append(in_percent([result["best"] for result in ended]))
-            row.append(f"{max(result['params_active'] for result in ended):,}")
-            row.append(f"{max(result['params_ever_trained'] for result in ended):,}")
-            row.append(overlap(ended))
-            row.append(difference(runs, first))
-            row.append(f"{statistics.mean(seconds):.0f}")
-        row += [""] * (10 - len(row))
-        lines.append(f"| {' | '.join(row)} |")
+            cells.append(mean_and_sd([100 * result["best"] for result in ended]))
+            cells.append(overlap(ended))
+            cells.append(f"{statistics.mean(seconds):.0f}")
+        cells += [""] * (10 - len(cells))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -8,15 +8,12 @@ all rows have that one, which is shown and judges nothing.
 """
 
 import argparse
-import math
-import statistics
 
 from data import InputError
 from extras import forest
-from extras.evidence import details, interval
+from extras.evidence import details, gain_cell, mean_and_sd, p_by_holm
 from extras.files import write
-from extras.intervals import holm, p_value
-from extras.results import gain_over, read_runs
+from extras.results import best_lr, gain_over, read_runs
 
 TASKS = ("TREC", "SUBJ", "SICK", "mrpc", "sst2")
 SEEDS = ["200", "201", "202", "203", "204", "205", "206", "207"]
@@ -40,10 +37,17 @@ RULES = {
 ROWS = BASELINES | ON_V | RULES
 
 
-def only_seeds(runs, seeds, what):
+def is_of(run, name):
+    """Return whether a run belongs to a row."""
+    return ROWS[name].items() <= run.flags.items() and "init" not in run.flags
+
+
+def by_seed(runs, seeds, what):
     """Return {seed: run}. Raises InputError if there is not one run for each of the seeds."""
-    if sorted(run.seed for run in runs) != seeds:
-        raise InputError(f"{what}: want one run for each seed from {seeds[0]} to {seeds[-1]}")
+    found = sorted(run.seed for run in runs)
+    if found != seeds:
+        wanted = f"want one run for each seed from {seeds[0]} to {seeds[-1]}"
+        raise InputError(f"{what}: {wanted}, and there are {', '.join(found) or 'none'}")
     return {run.seed: run for run in runs}
 
 
@@ -53,15 +57,15 @@ def chosen_lr(runs, name):
     The smallest of equals. A rate at which a run failed is out. Raises InputError if a run is
     missing, or if every rate is out.
     """
-    means = {}
+    scores = {}
     for lr in RATES:
         at_lr = [run for run in runs if float(run.flags["lr"]) == lr]
-        row = only_seeds(at_lr, TUNING_SEEDS, f"{name}, held out, learning rate {lr:g}")
-        scores = [-math.inf if run.score is None else run.score for run in row.values()]
-        means[lr] = round(statistics.mean(scores), 6)  # equal means may differ in the last bit
-    if max(means.values()) == -math.inf:
+        row = by_seed(at_lr, TUNING_SEEDS, f"{name}, held out, learning rate {lr:g}")
+        scores[lr] = [run.score for run in row.values()]
+    best = best_lr(scores)
+    if best is None:
         raise InputError(f"{name}, held out: a run failed at every learning rate")
-    return max(sorted(RATES), key=means.get)
+    return best
 
 
 def row_of(runs, name, lr=None):
@@ -70,14 +74,11 @@ def row_of(runs, name, lr=None):
     lr: the rate to take; the chosen one if it is None. Raises InputError if a run is missing, was
     made twice or failed.
     """
-    mine = []
-    for run in runs:
-        if ROWS[name].items() <= run.flags.items() and "init" not in run.flags:
-            mine.append(run)
+    runs = [run for run in runs if is_of(run, name)]
     if lr is None:
-        lr = chosen_lr([run for run in mine if run.flags["holdout"] == "0.2"], name)
-    on_dev = [run for run in mine if run.flags["holdout"] == "0" and float(run.flags["lr"]) == lr]
-    row = only_seeds(on_dev, SEEDS, f"{name}, learning rate {lr:g}")
+        lr = chosen_lr([run for run in runs if run.flags["holdout"] == "0.2"], name)
+    on_dev = [run for run in runs if run.flags["holdout"] == "0" and float(run.flags["lr"]) == lr]
+    row = by_seed(on_dev, SEEDS, f"{name}, learning rate {lr:g}")
     for run in row.values():
         if run.score is None:
             raise InputError(f"{name} seed {run.seed} failed: PROTOCOL.md says how it counts")
@@ -88,7 +89,10 @@ def rows_of_tasks(runs, lr=None):
     """Return ({task: {name: row}}, {task: {name: learning rate}}). Raises InputError."""
     rows, rates = {}, {}
     for task in TASKS:
-        of_task = [run for run in runs if run.flags["task"] == task]
+        of_task = []
+        for run in runs:
+            if run.flags["task"] == task and any(is_of(run, name) for name in ROWS):
+                of_task.append(run)
         processors = {run.flags.get("processor", "?") for run in of_task}
         if len(processors) > 1:
             raise InputError(f"{task}: runs of several processors: {', '.join(sorted(processors))}")
@@ -108,8 +112,7 @@ def table_of_means(rows, rates):
         cells = []
         for task in TASKS:
             scores = [run.score for run in rows[task][name].values()]
-            mean, sd = statistics.mean(scores), statistics.stdev(scores)
-            cells.append(f"{mean:.2f} ± {sd:.2f} ({rates[task][name]:g})")
+            cells.append(f"{mean_and_sd(scores)} ({rates[task][name]:g})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -129,16 +132,16 @@ def table_of_family(family, other):
     lines = [head, "|---" * 7 + "|"]
     more = details(family)
     for (rule, task), gain in family.items():
-        lines.append(f"| {' | '.join([rule, task, interval(gain), *more[rule, task]])} |")
+        lines.append(f"| {' | '.join([rule, task, gain_cell(gain), *more[rule, task]])} |")
     return "\n".join(lines)
 
 
 def beaten(family, rule):
     """Return the tasks on which a rule is better: mean > 0, and p by Holm < 0.05."""
-    corrected = holm([p_value(gain.differences) for gain in family.values()])
+    p = p_by_holm(family)
     tasks = []
-    for (other_rule, task), p in zip(family, corrected, strict=True):
-        if other_rule == rule and p < 0.05 and family[rule, task].mean > 0:
+    for task in TASKS:
+        if family[rule, task].mean > 0 and p[rule, task] < 0.05:
             tasks.append(task)
     return tasks
 

@@ -78,37 +78,48 @@ def gains_over(rows, baseline):
     return gains
 
 
+def mean_and_sd(scores):
+    """Return "mean ± standard deviation", or the score if there is one."""
+    mean = f"{statistics.mean(scores):.2f}"
+    return mean if len(scores) == 1 else f"{mean} ± {statistics.stdev(scores):.2f}"
+
+
 def level(row):
     """Return four cells: the number of runs, their score, parameters, and ever trained."""
     done = [run for run in row.values() if run.score is not None]
     n = str(len(done)) if len(done) == len(row) else f"{len(done)} of {len(row)}"
     if not done:
         return [n, "", "", ""]
-    scores = [run.score for run in done]
-    mean = f"{statistics.mean(scores):.2f}"
-    if len(scores) > 1:
-        mean += f" ± {statistics.stdev(scores):.2f}"
+    mean = mean_and_sd([run.score for run in done])
     parameters = max(run.parameters for run in done)
     ever_trained = max(run.ever_trained for run in done)
     return [n, mean, f"{parameters:,}", f"{ever_trained:,}"]
 
 
-def interval(gain):
+def gain_cell(gain):
     """Return a gain as a cell of the table."""
     low, high = gain.mean - gain.half, gain.mean + gain.half
     return f"{gain.mean:+.2f} [{low:+.2f}, {high:+.2f}], n = {len(gain.differences)}"
 
 
+def p_by_holm(gains):
+    """Return {label: p}, corrected for the number of gains by Holm's method."""
+    p_values = [p_value(gain.differences) for gain in gains.values()]
+    return dict(zip(gains, holm(p_values), strict=True))
+
+
 def details(gains):
     """Return {label: four cells}: p, p corrected for all gains, over examples, detectable."""
-    p_values = [p_value(gain.differences) for gain in gains.values()]
+    corrected = p_by_holm(gains)
     cells = {}
-    for (label, gain), p, corrected in zip(gains.items(), p_values, holm(p_values), strict=True):
+    for label, gain in gains.items():
+        p = p_value(gain.differences)
         over = ""
         if gain.by_example is not None:
             low, high = over_examples(gain.by_example)
             over = f"[{low:+.2f}, {high:+.2f}]"
-        cells[label] = [f"{p:.3f}", f"{corrected:.3f}", over, f"{detectable(gain.differences):.2f}"]
+        needed = detectable(gain.differences)
+        cells[label] = [f"{p:.3f}", f"{corrected[label]:.3f}", over, f"{needed:.2f}"]
     return cells
 
 
@@ -122,7 +133,7 @@ def table(rows, baseline, has_details=False):
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, row in rows.items():
         cells = [f"`{label}`", *level(row)]
-        cells.append(interval(gains[label]) if label in gains else "")
+        cells.append(gain_cell(gains[label]) if label in gains else "")
         if has_details:
             cells += more.get(label, [""] * 4)
         lines.append(f"| {' | '.join(cells)} |")

@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import json
 import math
+import statistics
 import warnings
 import zlib
 
@@ -79,7 +80,11 @@ def as_run(record):
     flags.setdefault("holdout", "0")
     if "processor" in record:
         flags["processor"] = str(record["processor"])
-    result = record["result"]
+    return run_of(flags, seed, record["result"])
+
+
+def run_of(flags, seed, result):
+    """Return the Run of {flag: value as text}, a seed as text, and {name: value} of its result."""
     if "failed" in result:
         return Run(flags, seed)
     score = 100 * float(result["last"])
@@ -108,6 +113,18 @@ def unpack_right(dev):
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(dev["right"]), np.uint8))
     n = round(bits.sum() / dev["accuracy"])  # the last byte is filled up with zeros
     return bits[:n]
+
+
+def best_lr(scores):
+    """Return the learning rate with the best mean, the smallest of equals; None if all are out.
+
+    scores: {learning rate: [score of each seed]}. A rate is out if a run failed: its score is None.
+    """
+    means = {}
+    for lr in sorted(scores):
+        if None not in scores[lr]:
+            means[lr] = round(statistics.mean(scores[lr]), 6)  # equal means may differ by rounding
+    return max(means, key=means.get, default=None)
 
 
 def select(runs, flag, text):
