@@ -26,6 +26,24 @@ USUAL = {
 }
 
 
+def choose(runs, task, where):
+    """Return the runs of a task that meet the conditions, ["flag=value", ...].
+
+    A flag that comes twice may have either value. Runs with a held-out part served to choose a
+    flag's value: they are out, unless a condition names holdout. Raises InputError.
+    """
+    wanted = {"task": [task]}
+    for condition in where:
+        flag, equals, text = condition.partition("=")
+        if not equals:
+            raise InputError(f"--where {condition}: want FLAG=VALUE, such as lr=0.003")
+        wanted.setdefault(flag, []).append(text)
+    wanted.setdefault("holdout", ["0"])
+    for flag, texts in wanted.items():
+        runs = select(runs, flag, texts)
+    return runs
+
+
 def group(runs):
     """Return {label: row}, in the order of the file; a row is {seed: run}.
 
@@ -156,30 +174,21 @@ def main(argv=None):
     add("--task", required=True)
     add("--budget", help="adapter parameters that a run may use")
     add("--where", nargs="*", default=[], metavar="FLAG=VALUE",
-        help="keep runs with this, and runs without the flag")  # fmt: skip
+        help="keep runs with this, and runs without the flag; a flag twice: either")  # fmt: skip
     add("--baseline", metavar="LABEL", help="row to compare with (the first)")
     add("--details", action="store_true",
         help="add p, p corrected by Holm's method for all rows, the interval over examples, and "
         "what true difference would be detected in four cases of five")  # fmt: skip
     add("--svg", metavar="PICTURE", help="draw the differences into this file too")
     args = parser.parse_args(argv)
-    conditions = [f"task={args.task}"]
-    title = [args.task]
+    where = args.where
+    title = [args.task, *where]
     if args.budget:
         budget = args.budget.replace(",", "")
-        conditions.append(f"budget={budget}")
-        title.append(f"a budget of {budget} parameters")
-    if not any(condition.startswith("holdout=") for condition in args.where):
-        conditions.append("holdout=0")  # runs with a held-out part served to choose a flag's value
-    for condition in args.where:
-        if "=" not in condition:
-            parser.error(f"--where {condition}: want FLAG=VALUE, such as lr=0.003")
-        conditions.append(condition)
-        title.append(condition)
+        where = [f"budget={budget}", *where]
+        title.insert(1, f"a budget of {budget} parameters")
     try:
-        runs = read_runs(args.file)
-        for condition in conditions:
-            runs = select(runs, *condition.split("=", 1))
+        runs = choose(read_runs(args.file), args.task, where)
         rows = lora_first(group(runs))
         baseline = args.baseline or next(iter(rows))
         if args.svg:

@@ -1,100 +1,190 @@
-"""Draw accuracy against budget on MRPC, from a file of finished runs, as SVG.
+"""Draw a metric against the budget, a line for each method, from finished runs, as SVG.
 
-python -m extras.figure docs/evidence.jsonl.gz docs/accuracy.svg
+    python -m extras.figure results.jsonl accuracy.svg --task TREC --where lr=0.003
+
+Runs with the same values of the flags in --by are one line; a point is the mean of its seeds, and
+the band is the 95 % interval of that mean. Runs without a budget (head, full) are a dashed level.
 """
 
 import argparse
 import math
 
 from data import InputError
+from extras.evidence import choose
 from extras.files import write
-from extras.forest import segment, text
+from extras.forest import STEPS, segment, text
 from extras.intervals import mean_and_half_width
-from extras.results import read_runs, select
+from extras.results import read_runs
 
-COMMON = {"task": "mrpc", "holdout": "0", "lr": "0.003", "epochs": "3"}
-LINES = {  # label: (colour, flags)
-    "LoRA on v, no search": ("#007a5a", {"method": "lora", "targets": "v"}),
-    "paper: dynamic, grad-norm": ("#d55e00", {"method": "dynamic", "proxy": "grad-norm"}),
-    "random choice": ("#696969", {"method": "static", "proxy": "constant"}),
-    "LoRA on q and v, no search": ("#0072b2", {"method": "lora", "targets": "q,v"}),
-}
+COLOURS = ("#007a5a", "#d55e00", "#696969", "#0072b2", "#aa3377", "#8a6d00", "#000000")
 LEFT, RIGHT, TOP, BOTTOM = 60, 540, 56, 356  # edges of the plot, in pixels
-LOWEST, HIGHEST = 66, 84  # edges of the plot, in percent of accuracy
-FIRST = 1536  # the smallest budget, in parameters
+INSET = 20  # pixels from an edge to the smallest or largest budget
+LETTER, ROW = 7.5, 16  # width of a letter and height of a label, in pixels
 
 
-def across(budget):
-    """Return the x of a budget, in pixels, on a log axis."""
-    return LEFT + 20 + 88 * math.log2(budget / FIRST)
+def lines_of(runs, by):
+    """Return {name of a line: {budget: {seed: score}}}; the budget is None if a run has none.
 
-
-def up(accuracy):
-    """Return the y of an accuracy, in pixels."""
-    return BOTTOM - (accuracy - LOWEST) / (HIGHEST - LOWEST) * (BOTTOM - TOP)
-
-
-def points(runs):
-    """Return [(budget, mean accuracy, half width of its 95 % interval)], smallest budget first."""
-    scores = {}
+    A line is named by its values of the flags in `by`. Failed runs are left out. Raises InputError
+    if two runs of a point have the same seed.
+    """
+    lines = {}
     for run in runs:
-        scores.setdefault(int(run.flags["budget"]), []).append(run.score)
-    return [(budget, *mean_and_half_width(scores[budget])) for budget in sorted(scores)]
+        if run.score is None:
+            continue
+        name = " ".join(run.flags[flag] for flag in by if flag in run.flags)
+        budget = int(run.flags["budget"]) if "budget" in run.flags else None
+        point = lines.setdefault(name, {}).setdefault(budget, {})
+        if run.seed in point:
+            where = f"{name}, budget {budget}, seed {run.seed}"
+            raise InputError(f"two runs are {where}: choose with --where, or add a flag to --by")
+        point[run.seed] = run.score
+    return lines
 
 
-def axes():
-    """Return a white panel, which is legible on any page, with a title and both axes."""
-    title = "MRPC: accuracy against budget (mean and 95 % interval over 5 or 10 seeds)"
-    marks = [
-        '<rect width="750" height="410" rx="8" fill="#ffffff"/>',
-        text(LEFT, 28, title, 'font-weight="bold"'),
-        text((LEFT + RIGHT) / 2, 398, "adapter parameters", 'text-anchor="middle"'),
-        text(LEFT, 47, "accuracy on dev, %"),
-    ]
-    for accuracy in range(LOWEST, HIGHEST + 1, 2):
-        y = up(accuracy)
-        marks.append(segment(LEFT, y, RIGHT, y, "#dddddd", 1))
-        marks.append(text(LEFT - 8, y + 4, accuracy, 'text-anchor="end"'))
-    for budget in (FIRST, 3072, 6144, 12_288, 24_576, 49_152):
-        marks.append(text(across(budget), BOTTOM + 18, f"{budget:,}", 'text-anchor="middle"'))
+def chosen(lines, wanted):
+    """Return the wanted lines under their new names. wanted: ["name" or "name=new name", ...]."""
+    if not wanted:
+        return lines
+    renamed = {}
+    for line in wanted:
+        name, _, new_name = line.partition("=")
+        if name not in lines:
+            raise InputError(f"no line is called {name!r}; there are: {', '.join(lines)}")
+        renamed[new_name or name] = lines[name]
+    return renamed
+
+
+def points(line):
+    """Return [(budget, mean, half the width of its interval)], smallest budget first.
+
+    One seed has no interval: its half width is 0 here.
+    """
+    means = []
+    for budget, seeds in sorted(line.items()):
+        mean, half = mean_and_half_width(list(seeds.values()))
+        means.append((budget, mean, half if len(seeds) > 1 else 0))
+    return means
+
+
+class Axes:
+    """Where a budget, on a log scale, and a score are in the picture."""
+
+    def __init__(self, points):
+        """points: [(budget or None, mean, half width)] of all lines."""
+        self.budgets = sorted({budget for budget, _, _ in points if budget})
+        if not self.budgets:
+            raise InputError("no run that ended has a budget: there is nothing to draw")
+        low = min(mean - half for _, mean, half in points)
+        high = max(mean + half for _, mean, half in points)
+        self.step = next((step for step in STEPS if 10 * step >= high - low), 100)
+        self.lowest = math.floor(low / self.step)  # in steps
+        self.highest = max(math.ceil(high / self.step), self.lowest + 1)
+
+    def x(self, budget):
+        first, last = self.budgets[0], self.budgets[-1]
+        share = math.log(budget / first) / math.log(last / first) if last > first else 0.5
+        return LEFT + INSET + share * (RIGHT - LEFT - 2 * INSET)
+
+    def y(self, score):
+        share = (score / self.step - self.lowest) / (self.highest - self.lowest)
+        return BOTTOM - share * (BOTTOM - TOP)
+
+    def draw(self):
+        marks = []
+        for number in range(self.lowest, self.highest + 1):
+            score = number * self.step
+            y = self.y(score)
+            marks.append(segment(LEFT, y, RIGHT, y, "#dddddd", 1))
+            marks.append(text(LEFT - 8, y + 4, f"{score:g}", 'text-anchor="end"'))
+        for budget in self.budgets:
+            x = self.x(budget)
+            marks.append(text(x, BOTTOM + 18, f"{budget:,}", 'text-anchor="middle"'))
+        return marks
+
+
+def band(axes, means, colour):
+    """Return the area between the ends of a line's intervals."""
+    corners = [(budget, mean + half) for budget, mean, half in means]
+    corners += [(budget, mean - half) for budget, mean, half in reversed(means)]
+    path = " ".join(f"{axes.x(budget):.1f},{axes.y(score):.1f}" for budget, score in corners)
+    return f'<polygon points="{path}" fill="{colour}" fill-opacity="0.12"/>'
+
+
+def curve(axes, means, colour):
+    """Return the marks of a line's means, joined."""
+    places = [(axes.x(budget), axes.y(mean)) for budget, mean, _ in means]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    marks = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
+    marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in places]
     return marks
 
 
-def curve(label, colour, runs, shift):
-    """Return the marks of one method, moved by `shift` pixels so that intervals stay apart."""
+def level(axes, mean, colour):
+    """Return a dashed line for runs without a budget."""
+    y = axes.y(mean)
+    more = 'stroke-width="1.5" stroke-dasharray="6 4"'
+    return f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="{colour}" {more}/>'
+
+
+def labels(ends):
+    """Return the names of the lines beside their ends, apart. ends: [(y, name, colour)]."""
     marks = []
-    path = []
-    for budget, mean, half in points(runs):
-        x = across(budget) + shift
-        y = up(mean)
-        path.append(f"{x:.1f},{y:.1f}")
-        marks.append(segment(x, up(mean - half), x, up(mean + half), colour, 1.5))
-        marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
-    path = " ".join(path)
-    marks.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    marks.append(text(RIGHT + 6, y + 4, label, f'fill="{colour}"'))
+    lowest = -math.inf
+    for y, name, colour in sorted(ends):
+        y = max(y, lowest + ROW)
+        marks.append(text(RIGHT + 6, y + 4, name, f'fill="{colour}"'))
+        lowest = y
     return marks
 
 
-def draw(runs):
-    """Return the picture as SVG. Raises InputError if a method has no runs."""
-    style = 'font-family="sans-serif" font-size="13" fill="#222222"'
-    marks = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 750 410" {style}>', *axes()]
-    for number, (label, (colour, flags)) in enumerate(LINES.items()):
-        chosen = runs
-        for flag, value in {**COMMON, **flags}.items():
-            chosen = select(chosen, flag, value)
-        marks += curve(label, colour, chosen, 5 * number - 7.5)
-    return "\n".join([*marks, "</svg>", ""])
+def draw(title, lines):
+    """Return the picture as SVG. lines: see `lines_of`. Raises InputError."""
+    means = {name: points(line) for name, line in lines.items()}
+    axes = Axes([point for of_line in means.values() for point in of_line])
+    numbers = {len(seeds) for line in lines.values() for seeds in line.values()}
+    seeds = " or ".join(map(str, sorted(numbers)))
+    title = f"{title}: mean and 95 % interval over {seeds} seeds"
+    beside = LETTER * max(map(len, lines))
+    width = max(RIGHT + beside, LEFT + LETTER * len(title))
+    marks = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} 410" '
+        'font-family="sans-serif" font-size="13" fill="#222222">',
+        f'<rect width="{width:.0f}" height="410" rx="8" fill="#ffffff"/>',
+        text(LEFT, 28, title, 'font-weight="bold"'),
+        text(LEFT, 47, "the metric on dev, times 100"),
+        text((LEFT + RIGHT) / 2, 398, "adapter parameters", 'text-anchor="middle"'),
+        *axes.draw(),
+    ]
+    bands, curves, ends = [], [], []
+    for number, (name, of_line) in enumerate(means.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        if of_line[0][0] is None:
+            curves.append(level(axes, of_line[0][1], colour))
+        else:
+            bands.append(band(axes, of_line, colour))
+            curves += curve(axes, of_line, colour)
+        ends.append((axes.y(of_line[-1][1]), name, colour))
+    return "\n".join([*marks, *bands, *curves, *labels(ends), "</svg>", ""])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="extras.figure", description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="FILE.jsonl or FILE.jsonl.gz")
-    parser.add_argument("svg", help="the picture to write")
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="extras.figure", description=about)
+    add = parser.add_argument
+    add("file", help="FILE.jsonl or FILE.jsonl.gz")
+    add("svg", help="the picture to write")
+    add("--task", required=True)
+    add("--where", nargs="*", default=[], metavar="FLAG=VALUE",
+        help="keep runs with this, and runs without the flag; a flag twice: either")  # fmt: skip
+    add("--by", nargs="+", default=["method", "targets", "proxy", "allocator"], metavar="FLAG",
+        help="flags that tell lines apart")  # fmt: skip
+    add("--lines", nargs="+", metavar="NAME[=NEW NAME]", help="draw these alone, in this order")
     args = parser.parse_args(argv)
     try:
-        write(args.svg, draw(read_runs(args.file)))
+        runs = choose(read_runs(args.file), args.task, args.where)
+        lines = chosen(lines_of(runs, args.by), args.lines)
+        write(args.svg, draw(args.task, lines))
     except (InputError, OSError) as error:
         parser.error(str(error))
 

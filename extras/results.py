@@ -127,13 +127,18 @@ def best_lr(scores):
     return max(means, key=means.get, default=None)
 
 
-def select(runs, flag, text):
-    """Return the runs with this flag and those that lack it. Raises InputError if none has it."""
+def select(runs, flag, texts):
+    """Return the runs whose flag has one of these values, and those that lack the flag.
+
+    Raises InputError if no run has one of the values.
+    """
     found = sorted({run.flags[flag] for run in runs if flag in run.flags})
-    if text not in found:
-        there = f"have {', '.join(found)}" if found else "lack this flag"
-        raise InputError(f"no run has {flag}={text}; those that meet the other conditions {there}")
-    return [run for run in runs if run.flags.get(flag, text) == text]
+    for text in texts:
+        if text not in found:
+            there = f"have {', '.join(found)}" if found else "lack this flag"
+            others = f"those that meet the other conditions {there}"
+            raise InputError(f"no run has {flag}={text}; {others}")
+    return [run for run in runs if run.flags.get(flag, texts[0]) in texts]
 
 
 def have_equally_many_examples(run, other):

@@ -1,0 +1,112 @@
+"""Claims about the pictures of a metric against the budget."""
+
+import json
+import pathlib
+import re
+import shlex
+import xml.etree.ElementTree
+
+import pytest
+
+from extras import figure
+from extras.results import Run
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+
+
+def run(seed, score, **flags):
+    """Return a finished run; LoRA on q and v, if nothing else is said."""
+    flags = {"method": "lora", "targets": "q,v"} | flags
+    return Run(flags, str(seed), score, 0, 0)
+
+
+def numbers(mark, attribute):
+    """Return all numbers in an attribute of a mark."""
+    return [float(number) for number in re.findall(r"[\d.]+", mark.get(attribute))]
+
+
+def drawn(runs, wanted=None):
+    """Return {tag: [mark, ...]} of the picture of some runs."""
+    lines = figure.chosen(figure.lines_of(runs, ["method", "targets"]), wanted)
+    marks = {}
+    for mark in xml.etree.ElementTree.fromstring(figure.draw("TREC", lines)).iter():
+        marks.setdefault(mark.tag.split("}")[1], []).append(mark)
+    return marks
+
+
+def test_a_point_is_the_mean_over_seeds_and_its_interval():
+    line = {3072: {"1": 71.0, "2": 72.0, "3": 73.0}, 1536: {"1": 60.0, "2": 60.0}, 6144: {"1": 9}}
+    first, second, third = figure.points(line)
+    assert first == (1536, 60, 0)
+    # Standard deviation 1, n = 3, and Student's t is 4.3027.
+    assert second == pytest.approx((3072, 72, 4.3027 / 3**0.5), abs=1e-3)
+    assert third == (6144, 9, 0)  # one seed
+
+
+def test_the_picture_can_be_read_back():
+    runs = [run(seed, 70 + seed, budget="1000") for seed in (1, 2, 3)]
+    runs += [run(seed, 80 + seed, budget="4000") for seed in (1, 2, 3)]
+    runs += [run(seed, 85, method="full", targets="all") for seed in (1, 2)]
+    marks = drawn(runs)
+    at = {mark.text: numbers(mark, "y")[0] - 4 for mark in marks["text"]}
+    pixels = (at["80"] - at["70"]) / 10  # for a point
+    first, second = marks["circle"]
+    low, high = numbers(first, "cy")[0], numbers(second, "cy")[0]
+    assert low == pytest.approx(at["70"] + 2 * pixels, abs=0.1)
+    assert high == pytest.approx(at["80"] + 2 * pixels, abs=0.1)
+    corners = numbers(marks["polygon"][0], "points")
+    assert corners[1] == pytest.approx(low + 2.4841 * pixels, abs=0.1)
+    assert corners[-1] == pytest.approx(low - 2.4841 * pixels, abs=0.1)
+    # What has no budget is a dashed level.
+    (level,) = marks["path"]
+    assert numbers(level, "d")[1] == pytest.approx(at["80"] + 5 * pixels, abs=0.1)
+    assert level.get("stroke-dasharray")
+
+
+def test_budgets_are_on_a_log_scale():
+    marks = drawn([run(1, 70, budget=budget) for budget in ("1000", "2000", "8000")])
+    first, second, third = [numbers(mark, "cx")[0] for mark in marks["circle"]]
+    assert third - first == pytest.approx(3 * (second - first), abs=0.2)
+
+
+def test_names_of_lines_that_end_together_stand_apart():
+    runs = [run(1, 70, budget="1000", targets=targets) for targets in ("q", "k", "v")]
+    marks = drawn(runs, ["lora v=LoRA on v", "lora q", "lora k"])
+    names = {"LoRA on v", "lora q", "lora k"}
+    places = sorted(numbers(mark, "y")[0] for mark in marks["text"] if mark.text in names)
+    assert len(places) == 3 and min(places[1] - places[0], places[2] - places[1]) >= 16
+
+
+def test_failed_runs_are_left_out():
+    runs = [run(1, 70, budget="1000"), run(2, None, budget="1000")]
+    assert figure.lines_of(runs, ["method"]) == {"lora": {1000: {"1": 70}}}
+
+
+def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys):
+    flags = {"task": "mrpc", "method": "lora", "targets": ["q"], "seed": 0, "budget": 1000}
+    result = {"last": 0.7, "params_active": 9, "params_ever_trained": 9}
+    line = json.dumps({"flags": flags, "result": result}) + "\n"
+    no_budget = line.replace('"budget"', '"size"')
+    for text, arguments, message in [
+        (line, ["--lines", "lora v"], "no line is called 'lora v'; there are: lora q"),
+        (line * 2, [], "two runs are lora q, budget 1000, seed 0: choose with --where"),
+        (line, ["--where", "budget"], "--where budget: want FLAG=VALUE"),
+        (no_budget, [], "no run that ended has a budget"),
+    ]:
+        (tmp_path / "runs.jsonl").write_text(text)
+        argv = [str(tmp_path / "runs.jsonl"), str(tmp_path / "a.svg"), "--task", "mrpc"]
+        with pytest.raises(SystemExit):
+            figure.main([*argv, *arguments])
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "a.svg").exists()
+
+
+def test_the_pictures_of_the_documents_are_those_that_their_commands_draw(tmp_path):
+    texts = [path.read_text(encoding="utf-8") for path in DOCS.glob("RESULTS*.md")]
+    text = "\n".join(texts).replace("\\\n", "")
+    commands = re.findall(r"^python -m extras\.figure (.*)$", text, re.M)
+    assert commands
+    for command in commands:
+        file, picture, *flags = shlex.split(command)
+        figure.main([str(DOCS.parent / file), str(tmp_path / "a.svg"), *flags])
+        assert (tmp_path / "a.svg").read_bytes() == (DOCS.parent / picture).read_bytes(), command
