@@ -239,6 +239,7 @@ def train(args):
     from extras.allocators import plain_lora
     from extras.gradient_start import start_along_gradients
     from extras.state import Progress, State, StopSignal, data_checksum
+    from extras.summary import summarise
     from extras.warm_up import first_allocation
 
     run = runs.Run(args.out, is_new=not args.resume)
@@ -293,7 +294,7 @@ def train(args):
             torch.manual_seed(args.seed)  # dropout
             run.save(state)
         fit(args, run, state, total, steps_per_epoch, train_set, dev_set, task.metric, stop)
-    result = runs.summarise(args, model, adapters, search, progress, device)
+    result = summarise(args, model, adapters, search, progress, device)
     run.finish(result, task, model, adapters)
     return result
 

@@ -12,6 +12,7 @@ import data
 import extras.files
 import extras.runs
 import extras.state
+import extras.summary
 import heterolora
 import train
 from data import InputError
@@ -99,7 +100,7 @@ def test_what_recording_adds_counts_as_search_and_not_as_training():
     progress = extras.state.Progress()
     progress.count(1, 0.5, ((torch.zeros(2, 50),), torch.zeros(2)), 1.0, False)
     progress.count(2, 0.5, ((torch.zeros(2, 100),), torch.zeros(2)), 2.6, True)
-    assert extras.runs.extra_seconds(progress) == pytest.approx(0.6)
+    assert extras.summary.extra_seconds(progress) == pytest.approx(0.6)
 
 
 def test_recording_never_takes_less_than_no_time():
@@ -107,7 +108,7 @@ def test_recording_never_takes_less_than_no_time():
     batch = (torch.zeros(2, 50),), torch.zeros(2)
     progress.count(1, 0.5, batch, 1.0, False)  # the first step of a process is slow
     progress.count(2, 0.5, batch, 0.1, True)
-    assert extras.runs.extra_seconds(progress) == 0
+    assert extras.summary.extra_seconds(progress) == 0
 
 
 def stop_after(monkeypatch, steps):
@@ -194,10 +195,10 @@ def test_ever_trained_counts_the_highest_rank_that_every_module_had():
     search = heterolora.HeteroLoRA(None, adapters, 600, None)
     search.history = [{"ranks": {"layers.0.q": 3}}, {"ranks": {"layers.0.q": 1, "layers.1.v": 4}}]
     args = train.parse_args([])
-    highest = extras.runs.highest_ranks(args, search)
+    highest = extras.summary.highest_ranks(args, search)
     assert heterolora.cost(adapters, highest) == 32 * (3 + 4)
     args.warmup_steps = 10  # all modules have had a rank
-    highest = extras.runs.highest_ranks(args, search)
+    highest = extras.summary.highest_ranks(args, search)
     assert heterolora.cost(adapters, highest) == 32 * (3 + 4 + 4)
 
 
