@@ -4,10 +4,8 @@ Sentences whose meaning is known are worded at random, in the form of GLUE tasks
 entailment (RTE), sentiment (SST-2) and acceptability (CoLA). Everything follows from the seed.
 """
 
-import copy
 import functools
 import random
-import string
 
 from data import Task, accuracy, accuracy_and_f1, matthews
 
@@ -114,8 +112,8 @@ class Language:
 
     def changed(self, event):
         """Return a copy of an event that differs from it in one thing: one of CHANGES."""
-        new = copy.deepcopy(event)
-        agent, patient = new["agent"], new["patient"]
+        agent, patient = dict(event["agent"]), dict(event["patient"])
+        new = event | {"agent": agent, "patient": patient}
         change = self.rng.choice(CHANGES)
         if change == "roles":
             new["agent"], new["patient"] = patient, agent
@@ -256,6 +254,12 @@ def active(verb, tense, number, before, fault):
 
 def make_task(name, train=8000, dev=1000, seed=0):
     """Return one of TASKS as a Task. Labels are balanced, and no sentence occurs twice."""
+    return Task(*make_parts(name, train, dev, seed), ("0", "1"), TASKS[name])
+
+
+@functools.cache  # a comparison needs the same task for every run
+def make_parts(name, train, dev, seed):
+    """Return the examples to train on, and those of dev."""
     language = Language(random.Random(f"{name} {seed}"))
     seen = set()
     examples = []
@@ -269,31 +273,4 @@ def make_task(name, train=8000, dev=1000, seed=0):
     parts = [examples[:train], examples[train:]]
     for part in parts:
         language.rng.shuffle(part)
-    return Task(*parts, ("0", "1"), TASKS[name])
-
-
-def corpus(size, seed=1):
-    """Return (text, second text or None) to train an encoder on. Most are pairs much alike."""
-    language = Language(random.Random(f"corpus {seed}"))
-    texts = []
-    for number in range(size):
-        if number % 12 == 0:
-            texts.append(language.sentiment(language.rng.randrange(2)))
-        elif number % 12 == 1:
-            texts.append((language.sentence(language.event(near=True)), None))
-        else:
-            texts.append(language.paraphrase(language.chance(0.8)))
-    return texts
-
-
-def vocabulary():
-    """Return the tokens in the order of their ids: special ones, characters, and words."""
-    words = set()
-    for kind in LEXICON:
-        for word in " ".join(sum(concepts(kind), [])).split():
-            inflected = {"person": [word + "s"], "verb": [word + "s", participle(word)]}
-            words |= {word, *inflected.get(kind, [])}
-    characters = sorted(string.ascii_lowercase + string.digits + string.punctuation)
-    endings = ["##" + character for character in characters]
-    words = sorted(words - set(characters))
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *endings, *words]
+    return parts

@@ -8,6 +8,8 @@ replaced word is one that follows the same word elsewhere, so that only the mean
 
 import argparse
 import os
+import random
+import string
 import sys
 import time
 
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 
 import data
 from extras.checkpoints import save_encoder
-from extras.language import corpus, vocabulary
+from extras.language import LEXICON, Language, concepts, participle
 from extras.tokenizers import WordPiece
 from model import Encoder, EncoderConfig
 
@@ -28,6 +30,33 @@ LR = 2e-3
 PREDICTED = 0.3  # share of the words that the encoder has to predict
 MASKED, KEPT = 0.6, 0.1  # shares of these that it sees masked, and as they are; others are replaced
 CHOICES = 512  # replacements to choose from, for every word before
+
+
+def corpus(size, seed=1):
+    """Return (text, second text or None) to train an encoder on. Most are pairs much alike."""
+    language = Language(random.Random(f"corpus {seed}"))
+    texts = []
+    for number in range(size):
+        if number % 12 == 0:
+            texts.append(language.sentiment(language.rng.randrange(2)))
+        elif number % 12 == 1:
+            texts.append((language.sentence(language.event(near=True)), None))
+        else:
+            texts.append(language.paraphrase(language.chance(0.8)))
+    return texts
+
+
+def vocabulary():
+    """Return the tokens in the order of their ids: special ones, characters, and words."""
+    words = set()
+    for kind in LEXICON:
+        for word in " ".join(sum(concepts(kind), [])).split():
+            inflected = {"person": [word + "s"], "verb": [word + "s", participle(word)]}
+            words |= {word, *inflected.get(kind, [])}
+    characters = sorted(string.ascii_lowercase + string.digits + string.punctuation)
+    endings = ["##" + character for character in characters]
+    words = sorted(words - set(characters))
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *endings, *words]
 
 
 def initialise(encoder):
