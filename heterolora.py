@@ -27,16 +27,13 @@ A static search does steps 2 to 4 once, before training; a dynamic one again and
     code                         meaning                                 official code
     ----                         -------                                 -------------
     LoRA: A, B, scale            low-rank update of a linear map         LoRALayer
-    LoRALinear                   frozen linear + adapter                 LoraLinear
-    LoRAShortcut                 connection + adapter                    ShortcutFromIdentity/Zeros
+    LoRALinear, LoRAShortcut     a frozen module + its adapter           LoraLinear, ShortcutFrom...
     residual_attn, residual_ffn  R_attn, R_ffn                           residual_1, residual_2
     shortcut_attn, shortcut_ffn  S_attn, S_ffn                           shortcut_sa, shortcut_ffn
     rank                         how many ranks are on, 0 to r_max       disable_adapters
     score                        higher = keep                           importance
     budget                       adapter PARAMETERS of an allocation     a count of modules
     ranks                        an allocation: {module name: rank}      alloc_modules
-
-The paper's other proxy, SynFlow, is in extras/synflow.py.
 """
 
 import contextlib
@@ -44,7 +41,6 @@ import dataclasses
 import math
 import warnings
 import zlib
-from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -93,8 +89,8 @@ class LoRA(nn.Module):
 ADAPTERS = {"lora": LoRA}  # name -> kind; others can be added
 
 
-class LoRALinear(nn.Module):
-    """y = W x + b + dW x with W and b frozen."""
+class Adapted(nn.Module):
+    """y = host(x) + dW x: the plain model's module, and an adapter beside it."""
 
     def __init__(self, host, adapter):
         super().__init__()
@@ -102,9 +98,16 @@ class LoRALinear(nn.Module):
         self.adapter = adapter
 
     def forward(self, x):
-        """x (..., d_in) -> y (..., d_out)"""
+        """x (..., d_in) -> y (..., d_out), or None for nothing to add"""
         y = self.host(x)
-        return y + self.adapter(x) if self.adapter.rank > 0 else y
+        if self.adapter.rank == 0:
+            return y
+        dW_x = self.adapter(x)
+        return dW_x if y is None else y + dW_x
+
+
+class LoRALinear(Adapted):
+    """y = W x + b + dW x with W and b frozen."""
 
     @property
     def weight(self):
@@ -112,23 +115,8 @@ class LoRALinear(nn.Module):
         return self.host.weight
 
 
-class LoRAShortcut(nn.Module):
-    """A connection with an adapter: x + dW x for a residual, dW x for a new shortcut.
-
-    Off, it is what the plain model has: x, or None for nothing to add.
-    """
-
-    def __init__(self, adapter, is_residual):
-        super().__init__()
-        self.adapter = adapter
-        self.is_residual = is_residual
-
-    def forward(self, x):
-        """x (B, T, D) -> (B, T, D), or None for nothing to add"""
-        if self.adapter.rank == 0:
-            return x if self.is_residual else None
-        dW_x = self.adapter(x)
-        return x + dW_x if self.is_residual else dW_x
+class LoRAShortcut(Adapted):
+    """A connection: y = x + dW x for a residual, dW x for a new shortcut, whose host gives None."""
 
 
 # -------------------------------------------------------------------------------- search space
@@ -138,37 +126,34 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
     """Put adapters into a model, in place, and freeze everything else: the paper's search space.
 
     targets are the last parts of the names of nn.Linear modules ("q", "v"). shortcuts are those of
-    connection points, as wide as model.config.hidden_size: an nn.Identity is a residual connection,
-    and a subclass of nn.Identity, which returns None, is a new shortcut. Initial values depend on
-    the seed, the module's name and its shape. adapter is a class. Returns {module name: adapter},
-    all on; the optimizer needs them all. Raises ValueError for a name that matches nothing, a bad
-    rank, or a second call.
+    nn.Identity modules, as wide as model.config.hidden_size; one that returns None is a new
+    shortcut. Initial values depend on the seed, the module's name and its shape. Returns {module
+    name: adapter}, all on; the optimizer needs them all. Raises ValueError for a name that matches
+    nothing, a bad rank, or a second call.
     """
     modules = dict(model.named_modules())
-    if any(isinstance(module, (LoRALinear, LoRAShortcut)) for module in modules.values()):
+    if any(isinstance(module, Adapted) for module in modules.values()):
         raise ValueError("this model has adapters already: inject once, then use set_ranks")
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     points = [name for name, module in modules.items() if isinstance(module, nn.Identity)]
     chosen = _find(targets, linears) + _find(shortcuts, points)
     shortcut_alpha = alpha if shortcut_alpha is None else shortcut_alpha
     D = model.config.hidden_size if shortcuts else None
-    model.requires_grad_(False)
     adapters = {}
     for name in sorted(chosen, key=list(modules).index):  # the model's own order
         host = modules[name]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         if name in linears:
             new = adapter(host.in_features, host.out_features, rank, alpha, generator)
-            replacement = LoRALinear(host, new)
         else:
             new = adapter(D, D, rank, shortcut_alpha, generator)
-            replacement = LoRAShortcut(new, is_residual=type(host) is nn.Identity)
         new.attach(name, host, adapters)
         beside = next(host.parameters(), next(model.parameters()))  # devices may differ by module
-        new.to(beside.device)
-        adapters[name] = new
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, replacement)
+        adapters[name] = new.to(beside.device)
+    model.requires_grad_(False)
+    for name, new in adapters.items():
+        kind = LoRALinear if name in linears else LoRAShortcut
+        model.set_submodule(name, kind(modules[name], new))
     return adapters
 
 
@@ -199,8 +184,8 @@ def active_blocks(adapters, ranks=None):
     for name, adapter in adapters.items():
         rank = adapter.rank if ranks is None else ranks.get(name, 0)
         for parameter, slices in adapter.active(rank):
-            used = blocks.get(parameter, slices)  # by another adapter that shares the parameter
-            if parameter[slices].numel() >= parameter[used].numel():
+            largest = blocks.get(parameter, slices)  # adapters may share it: it counts once
+            if parameter[slices].numel() >= parameter[largest].numel():
                 blocks[parameter] = slices
     return blocks
 
@@ -222,16 +207,12 @@ def rank_costs(adapters):
 
 # ------------------------------------------------------------------------------------- proxies
 
-# For an adapted map y(x), let d = dL/dy. With x (N, d_in) and d (N, d_out) for all N tokens, the
-# gradient of the full matrix is G = dL/dW = d^T x (d_out, d_in). Those of the adapter's own
-# parameters come from autograd through the adapter alone. This works for modules that are on or
-# off, and in any backward pass, so that training steps give scores too.
-
 
 def adapter_gradients(adapter, x, d):
     """Return the gradients of an adapter's trainable parameters, as if all its ranks were on.
 
-    x (..., d_in) is the adapted map's input, d (..., d_out) the gradient of its output. Of a LoRA:
+    x (..., d_in) is an adapted map's input, d = dL/dy (..., d_out) the gradient of its output. With
+    G = dL/dW = d^T x (d_out, d_in), a sum over all tokens, those of a LoRA are
     dL/dA = scale B^T G (r_max, d_in) and dL/dB = scale G A^T (d_out, r_max).
     """
     parameters = [p for p in adapter.parameters() if p.requires_grad]
@@ -244,7 +225,7 @@ def adapter_gradients(adapter, x, d):
 def recording(model, measure, sums):
     """Add measure(adapter, x, d), a list of tensors, to sums[adapter] in every backward pass.
 
-    Gives a list of the autograd graph's edges at all y. Outputs and gradients stay the same.
+    Gives the list of the graph's edges at all y, for autograd.grad. It changes no value.
     """
     outputs = []
 
@@ -257,12 +238,10 @@ def recording(model, measure, sums):
         if y is None:  # a shortcut that is off: zeros change no sum, and have a gradient
             y = torch.zeros_like(x)
         if not y.requires_grad:  # nothing below is trained: a leaf, so that backward comes here
-            y = y.detach().requires_grad_().clone()  # cloned, as who comes next may change it
-        elif y is inputs[0]:  # a residual that is off: d is to be of y alone, not of x
-            y = y.view_as(y)
+            y = y.detach().requires_grad_()
+        y = y.clone()  # d is to be of y alone, and who comes next may change y in place
 
-        def keep(d):
-            """Measure, once d = dL/dy is there."""
+        def keep(d):  # runs in the backward pass, with d = dL/dy
             if x._version != version:
                 raise RuntimeError("the input of an adapted module was changed in place: no score")
             values = measure(module.adapter, x, d)
@@ -273,7 +252,7 @@ def recording(model, measure, sums):
         outputs.append(torch.autograd.graph.get_gradient_edge(y))
         return y
 
-    adapted = [m for m in model.modules() if isinstance(m, (LoRALinear, LoRAShortcut))]
+    adapted = [module for module in model.modules() if isinstance(module, Adapted)]
     hooks = [module.register_forward_hook(watch) for module in adapted]
     try:
         yield outputs
@@ -282,18 +261,16 @@ def recording(model, measure, sums):
             hook.remove()
 
 
-PROXIES = {}  # name -> function, see `proxy`
+PROXIES = {}  # name -> function, see `proxy`; the paper's other one, SynFlow, is in extras/
 
 
 def proxy(name, measure=adapter_gradients):
     """Register a function that scores modules: a number, higher = keep, or one for each rank.
 
-    @proxy(name): function(adapter, *gradients), the mean gradient of every trainable parameter of
-    the adapter, over batches, in the order of adapter.parameters().
-    @proxy(name, measure): function(adapter, *means), means over batches of the tensors in the list
-    that measure(adapter, x, d) returns. Both can be read off training steps.
-    @proxy(name, None): function(model, adapters, batches, loss_fn) -> {name: score}, by passes of
-    its own.
+    @proxy(name): function(adapter, *gradients), means over batches, or over training steps, in the
+    order of adapter.parameters(). @proxy(name, measure): the same, but instead of gradients the
+    tensors in the list that measure(adapter, x, d) returns.
+    @proxy(name, None): function(model, adapters, batches, loss_fn) -> {name: score}.
     """
 
     def _register(function):
@@ -334,7 +311,7 @@ ALLOCATORS = {}  # name -> function(scores, costs, budget, generator) -> {name: 
 
 
 def allocator(name):
-    """Register an allocation rule, a pure function (scores, costs, budget, generator) -> ranks.
+    """Register an allocation rule: function(scores, costs, budget, generator) -> {name: rank}
 
     scores: {name: number, or a list with one for each rank}. costs: {name: [parameters of the first
     rank, of the second, ...]}. budget: parameters. generator: torch.Generator, for breaking ties.
@@ -349,16 +326,12 @@ def allocator(name):
 
 @allocator("greedy")
 def greedy(scores, costs, budget, generator):
-    """Take whole modules, best score first, while they fit, going on past one that does not.
-
-    The paper's ranking. Equal scores come in random order. A list of scores counts as its sum.
-    """
-    totals = {}
+    """Take whole modules, best score first, and pass over what does not fit: the paper's rule."""
+    totals = {}  # a list of scores counts as its sum
     for name, score in scores.items():
         totals[name] = sum(score) if isinstance(score, list) else score
     if totals and not any(totals.values()):
-        reason = "scores made of B are 0 while B = 0: use another proxy, or --warmup-steps"
-        warnings.warn(f"all scores are 0, and this is a random draw: {reason}", stacklevel=2)
+        warnings.warn("all scores are 0: a random draw. Is B = 0? Use another proxy", stacklevel=2)
     names = list(scores)
     names = [names[i] for i in torch.randperm(len(names), generator=generator)]
     ranks = dict.fromkeys(names, 0)
@@ -388,15 +361,12 @@ def in_eval_mode(model):
 
 @dataclasses.dataclass(eq=False)
 class HeteroLoRA:
-    """The paper's search: `reallocate` once before training (static), or again and again (dynamic).
-
-    `history` has an entry for every call: step, scores, ranks, parameters.
-    """
+    """The paper's search. Each `reallocate` adds to `history`: step, scores, ranks, parameters."""
 
     model: nn.Module
     adapters: dict  # from `inject`
     budget: int  # parameters
-    loss_fn: Callable  # loss_fn(model, batch) returns a scalar; batches must be training data
+    loss_fn: object  # loss_fn(model, batch) returns a scalar; batches must be training data
     proxy: str = "grad-norm"
     allocator: str = "greedy"
     seed: int = 0
@@ -418,15 +388,15 @@ class HeteroLoRA:
     def score(self, batches=None):
         """Score on a list of batches, without dropout -> {module name: score}
 
-        Without batches: score what has been recorded in training steps, and forget it. Leaves the
-        model as it was. Raises FloatingPointError if a score is not finite, ValueError if there is
-        nothing to score.
+        Without batches: score what training steps have recorded, and forget it. The model stays as
+        it was. Raises FloatingPointError if a score is not finite, ValueError if there is none.
         """
         function = PROXIES[self.proxy]
-        if (self.recorded_steps if batches is None else len(batches)) == 0:
+        steps = self.recorded_steps if batches is None else len(batches)
+        if steps == 0:
             raise ValueError("nothing to score: give batches, or record training steps first")
         if batches is None:
-            scores = self._from_means(self.recorded, self.recorded_steps)
+            scores = self._from_means(self.recorded, steps)
             self.recorded = {}
             self.recorded_steps = 0
         elif function.measure is None:
@@ -440,7 +410,7 @@ class HeteroLoRA:
                         loss = self.loss_fn(self.model, batch)
                         if outputs:  # some adapted module was reached; this runs the hooks
                             torch.autograd.grad(loss, outputs, allow_unused=True)
-            scores = self._from_means(sums, len(batches))
+            scores = self._from_means(sums, steps)
         for name, score in scores.items():
             score = torch.as_tensor(score, dtype=torch.double)
             if not score.isfinite().all():
@@ -450,7 +420,7 @@ class HeteroLoRA:
 
     @torch.no_grad()
     def _from_means(self, sums, steps):
-        scores = dict.fromkeys(self.adapters, 0.0)  # of a module that the loss does not reach
+        scores = dict.fromkeys(self.adapters, 0.0)  # 0 stays where the loss does not reach
         for name, adapter in self.adapters.items():
             if adapter in sums:
                 means = [total / steps for total in sums[adapter]]

@@ -202,6 +202,14 @@ def test_a_model_whose_width_is_not_known_is_left_alone():
     assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
 
 
+def test_a_bad_rank_leaves_the_model_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="rank 4 for 4 -> 2: want 1 to 2"):
+        inject(model, ["0", "1"], [], rank=4, alpha=1)
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+    assert list(inject(model, ["0", "1"], [], rank=2, alpha=1)) == ["0", "1"]
+
+
 def test_injecting_twice_is_refused():
     model, _ = make_model()
     with pytest.raises(ValueError, match="adapters already"):
@@ -481,7 +489,8 @@ def test_an_input_that_is_changed_in_place_is_refused():
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_outputs_that_are_changed_in_place_score_as_if_they_were_not(is_first):
+@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 4)])  # of 3 dimensions, y is a view in torch
+def test_outputs_that_are_changed_in_place_score_as_if_they_were_not(is_first, shape):
     scores = []
     for inplace in (False, True):
         torch.manual_seed(0)
@@ -491,7 +500,7 @@ def test_outputs_that_are_changed_in_place_score_as_if_they_were_not(is_first):
         adapters = inject(model, linears, [], 2, 2)
         set_ranks(adapters, {})
         search = HeteroLoRA(model, adapters, 0, lambda model, x: model(x).square().sum())
-        scores.append(search.score([torch.ones(2, 4)]))
+        scores.append(search.score([torch.ones(shape)]))
     assert scores[0] == scores[1]
     assert all(scores[0].values())
 

@@ -258,7 +258,7 @@ def train(args):
     run.log(f"model   {len(adapters)} modules, {size(adapters):,} parameters, budget {budget:,}")
 
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
-    total = min(math.ceil(args.epochs * steps_per_epoch - 1e-6), args.max_steps or math.inf)
+    total = max(1, min(math.ceil(args.epochs * steps_per_epoch - 1e-6), args.max_steps or math.inf))
     optimizer, schedule = make_optimizer(args, model, adapters, total)
     search = None
     if args.method in ("static", "dynamic"):
@@ -313,7 +313,7 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
 
     for step in range(progress.step + 1, total + 1):
         # Allocate anew, if it is time: score what has been recorded, or make passes for it.
-        since = (step - 1) % realloc_every  # steps since the last allocation
+        since = (step - 1) % realloc_every  # steps made since the last allocation
         if is_dynamic and since == 0 and step > 1:
             start = time.perf_counter()
             batches = None

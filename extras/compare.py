@@ -5,7 +5,8 @@
 
 A contender is METHOD[:FLAG=VALUE]... with flags of train.py; a VALUE alone is a proxy or an
 allocator. `random` is static:constant. Other flags of train.py hold for all contenders. Runs that
-have ended are kept in a file of JSON lines, and are not done again.
+have ended are kept in a file of JSON lines, and are not done again, but for those of another kind
+of processor, which rounds in its own way.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from data import InputError
 from extras.evidence import gain_cell, level, mean_and_sd
 from extras.fast_cpu import processor_name
 from extras.flags import number
-from extras.results import best_lr, gain_over, run_of
+from extras.results import WRONG_FORM, best_lr, gain_over, records, run_of
 from extras.show import jaccard
 from heterolora import ALLOCATORS, PROXIES
 
@@ -108,24 +109,30 @@ def prepare(args, argv):
 
 
 def open_results(path):
-    """Make sure that results can be appended, on a line of their own. Raises OSError."""
+    """Make sure that results can be appended, on a line of their own. Raises OSError, InputError"""
+    if path.endswith(".gz"):
+        raise InputError(f"--results {path}: want a plain file; gunzip it first")
     with open(path, "a+", encoding="utf-8", errors="replace") as file:
         file.seek(0)
         if file.read()[-1:] not in ("", "\n"):
             file.write("\n")
 
 
-def read_results(path):
-    """Return {flags as text: result}. A line that is not whole is left out, with a warning."""
-    results = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                results[as_key(record["flags"])] = dict(record["result"])
-            except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-                warnings.warn(f"{path}, line {number}: not a result; left out", stacklevel=2)
-    return results
+def read_result(path, key):
+    """Return the result of the run with these flags on this kind of processor, or None.
+
+    A line that is no result is left out, with a warning. Raises InputError.
+    """
+    here = processor_name()
+    found = None
+    for line, record in records(path):
+        try:
+            run_of({}, "", record["result"])  # refuses what is no result
+            if as_key(record["flags"]) == key and record.get("processor", here) == here:
+                found = record["result"]
+        except WRONG_FORM:
+            warnings.warn(f"{path}, line {line}, is no result: left out", stacklevel=2)
+    return found
 
 
 def as_key(flags):
@@ -145,14 +152,15 @@ def run(spec, flags, path):
     for name in NO_MATTER | unused:
         kept.pop(name, None)
     key = as_key(kept)
-    done = read_results(path)  # anew: another process may be at the same comparison
-    if key in done:
-        return done[key]
+    if result := read_result(path, key):
+        return result
     try:
         with contextlib.redirect_stdout(None):
             result = train.train(copy.copy(flags))
     except FloatingPointError as error:
         result = {"failed": str(error)}
+    if done := read_result(path, key):  # by another process, meanwhile
+        return done
     record = {"flags": kept, "result": result, "date": datetime.date.today().isoformat()}
     record |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     record["processor"] = processor_name()  # each kind rounds in its own way
@@ -173,7 +181,7 @@ def choose_lr(spec, flags, args):
         for seed in args.seeds[: args.tuning_seeds]:
             flags.seed = seed
             result = run(f"{spec}, held out,", flags, args.results)
-            scores[lr].append(result.get("last"))
+            scores[lr].append(result.get("last"))  # None of a run that failed
     return best_lr(scores) or min(scores)
 
 
@@ -237,6 +245,7 @@ def main(argv=None):
     add("--results", metavar="FILE", default="results.jsonl")
     args, rest = parser.parse_known_args(argv)
     args.seeds = list(dict.fromkeys(args.seeds))
+    args.lr = list(dict.fromkeys(args.lr))
     try:
         print(compare(args, rest))
     except (InputError, OSError) as error:

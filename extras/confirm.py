@@ -21,6 +21,9 @@ TUNING_SEEDS = SEEDS[:3]
 RATES = (0.001, 0.003, 0.01)
 NEEDED = 3  # tasks on which a rule must beat both baselines
 
+# What is the same in all runs of a task.
+SAME = ("processor", "checkpoint", "data_checksum", "epochs", "train_limit", "batch_size")
+
 # The flags that tell a row's runs from the others of the protocol. None has --init gradient.
 COMMON = {"budget": "3072", "shortcuts": "none", "precision": "bfloat16"}
 LORA = COMMON | {"method": "lora", "allocator": "middle-layers"}
@@ -42,6 +45,11 @@ def is_of(run, name):
     return ROWS[name].items() <= run.flags.items() and "init" not in run.flags
 
 
+def is_at(run, lr):
+    """Return whether a run has this learning rate."""
+    return float(run.flags.get("lr", "nan")) == lr
+
+
 def by_seed(runs, seeds, what):
     """Return {seed: run}. Raises InputError if there is not one run for each of the seeds."""
     found = sorted(run.seed for run in runs)
@@ -59,7 +67,7 @@ def chosen_lr(runs, name):
     """
     scores = {}
     for lr in RATES:
-        at_lr = [run for run in runs if float(run.flags["lr"]) == lr]
+        at_lr = [run for run in runs if is_at(run, lr)]
         row = by_seed(at_lr, TUNING_SEEDS, f"{name}, held out, learning rate {lr:g}")
         scores[lr] = [run.score for run in row.values()]
     best = best_lr(scores)
@@ -77,12 +85,22 @@ def row_of(runs, name, lr=None):
     runs = [run for run in runs if is_of(run, name)]
     if lr is None:
         lr = chosen_lr([run for run in runs if run.flags["holdout"] == "0.2"], name)
-    on_dev = [run for run in runs if run.flags["holdout"] == "0" and float(run.flags["lr"]) == lr]
+    on_dev = [run for run in runs if run.flags["holdout"] == "0" and is_at(run, lr)]
     row = by_seed(on_dev, SEEDS, f"{name}, learning rate {lr:g}")
     for run in row.values():
         if run.score is None:
             raise InputError(f"{name} seed {run.seed} failed: PROTOCOL.md says how it counts")
     return row, lr
+
+
+def check_same(runs, task):
+    """Raise InputError if runs of one task differ in what the protocol keeps the same."""
+    for flag in SAME:
+        found = {run.flags.get(flag, "none") for run in runs}
+        if len(found) > 1:
+            raise InputError(
+                f"{task}: runs with several values of {flag}: {', '.join(sorted(found))}"
+            )
 
 
 def rows_of_tasks(runs, lr=None):
@@ -93,9 +111,7 @@ def rows_of_tasks(runs, lr=None):
         for run in runs:
             if run.flags["task"] == task and any(is_of(run, name) for name in ROWS):
                 of_task.append(run)
-        processors = {run.flags.get("processor", "?") for run in of_task}
-        if len(processors) > 1:
-            raise InputError(f"{task}: runs of several processors: {', '.join(sorted(processors))}")
+        check_same(of_task, task)
         rows[task], rates[task] = {}, {}
         for name in ROWS:
             try:

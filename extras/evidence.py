@@ -7,7 +7,6 @@ only. Its label names the flags that differ between the rows.
 """
 
 import argparse
-import collections
 import statistics
 
 from data import InputError
@@ -29,8 +28,8 @@ USUAL = {
 def choose(runs, task, where):
     """Return the runs of a task that meet the conditions, ["flag=value", ...].
 
-    A flag that comes twice may have either value. Runs with a held-out part served to choose a
-    flag's value: they are out, unless a condition names holdout. Raises InputError.
+    A flag that comes twice may have either value. Unless a condition names holdout, runs with a
+    held-out part are left out: they served to choose a flag's value. Raises InputError.
     """
     wanted = {"task": [task]}
     for condition in where:
@@ -48,24 +47,22 @@ def group(runs):
     """Return {label: row}, in the order of the file; a row is {seed: run}.
 
     A label shows a flag if it has several values, or if some runs of a method have it and some not.
-    Raises InputError for two runs with the same flags and seed.
+    A usual value is not shown: it counts as the value where the flag is missing. Raises InputError
+    for two runs with the same flags and seed.
     """
-    values = {}  # of all runs that have the flag
-    runs_of = collections.Counter()  # {method: runs}
-    runs_with = collections.Counter()  # {(method, flag): runs}
+    values = {}  # {flag: its values}
+    common = {}  # {method: the flags that all its runs have}
     for run in runs:
         method = run.flags["method"]
-        runs_of[method] += 1
+        common[method] = common.get(method, run.flags.keys()) & run.flags.keys()
         for flag, text in run.flags.items():
             values.setdefault(flag, set()).add(text)
-            runs_with[method, flag] += 1
     rows = {}
     for run in runs:
         method = run.flags["method"]
         label = method
         for flag, text in sorted(run.flags.items()):
-            some_lack_it = runs_with[method, flag] < runs_of[method]
-            differs = some_lack_it or len(values[flag]) > 1
+            differs = flag not in common[method] or len(values[flag]) > 1
             if flag != "method" and differs and text != USUAL.get(flag):
                 label += f" {flag}={text}"
         row = rows.setdefault(label, {})
@@ -76,7 +73,7 @@ def group(runs):
 
 
 def lora_first(rows):
-    """Return the rows in the order of the table: LoRA without another adapter kind is first."""
+    """Return the rows in the order of the table: lora first, other kinds of adapters last."""
     labels = sorted(rows, key=lambda label: (label.split()[0] != "lora", "adapter=" in label))
     return {label: rows[label] for label in labels}
 
@@ -84,6 +81,7 @@ def lora_first(rows):
 def gains_over(rows, baseline):
     """Return {label: Gain} of the rows that have one; the baseline, a label, has none.
 
+    Runs on other data or another kind of processor than the baseline's are not compared with it.
     Raises InputError if there is no such label.
     """
     if baseline not in rows:
@@ -174,7 +172,7 @@ def main(argv=None):
     add("--task", required=True)
     add("--budget", help="adapter parameters that a run may use")
     add("--where", nargs="*", default=[], metavar="FLAG=VALUE",
-        help="keep runs with this, and runs without the flag; a flag twice: either")  # fmt: skip
+        help="leave out runs with another value; name a flag twice to keep two values")  # fmt: skip
     add("--baseline", metavar="LABEL", help="row to compare with (the first)")
     add("--details", action="store_true",
         help="add p, p corrected by Holm's method for all rows, the interval over examples, and "

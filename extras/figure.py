@@ -4,10 +4,12 @@
 
 Runs with the same values of the flags in --by are one line; a point is the mean of its seeds, and
 the band is the 95 % interval of that mean. Runs without a budget (head, full) are a dashed level.
+Bands may overlap although a paired difference is clear: extras.evidence prints those.
 """
 
 import argparse
 import math
+import statistics
 
 from data import InputError
 from extras.evidence import choose
@@ -23,23 +25,34 @@ LETTER, ROW = 7.5, 16  # width of a letter and height of a label, in pixels
 
 
 def lines_of(runs, by):
-    """Return {name of a line: {budget: {seed: score}}}; the budget is None if a run has none.
+    """Return {name of a line: {budget: [run of each seed]}}; the budget is None if a run has none.
 
     A line is named by its values of the flags in `by`. Failed runs are left out. Raises InputError
-    if two runs of a point have the same seed.
+    if the runs of a point do not differ in their seed alone.
     """
     lines = {}
     for run in runs:
         if run.score is None:
             continue
         name = " ".join(run.flags[flag] for flag in by if flag in run.flags)
-        budget = int(run.flags["budget"]) if "budget" in run.flags else None
-        point = lines.setdefault(name, {}).setdefault(budget, {})
-        if run.seed in point:
-            where = f"{name}, budget {budget}, seed {run.seed}"
-            raise InputError(f"two runs are {where}: choose with --where, or add a flag to --by")
-        point[run.seed] = run.score
+        budget = run.flags.get("budget")
+        if budget is not None and not (budget.isdigit() and int(budget) > 0):
+            raise InputError(f"budget {budget}: want a number of parameters above 0")
+        point = lines.setdefault(name, {}).setdefault(budget and int(budget), [])
+        for other in point:
+            check_seeds(run, other, f"{name}, budget {budget}")
+        point.append(run)
     return lines
+
+
+def check_seeds(run, other, point):
+    """Raise InputError if two runs of a point have the same seed, or differ in a flag."""
+    advice = "choose with --where, or add a flag to --by"
+    if run.seed == other.seed:
+        raise InputError(f"{point}: two runs have seed {run.seed}: {advice}")
+    for flag in run.flags | other.flags:
+        if run.flags.get(flag) != other.flags.get(flag):
+            raise InputError(f"{point}: runs differ in {flag}: {advice}")
 
 
 def chosen(lines, wanted):
@@ -58,12 +71,16 @@ def chosen(lines, wanted):
 def points(line):
     """Return [(budget, mean, half the width of its interval)], smallest budget first.
 
-    One seed has no interval: its half width is 0 here.
+    The half width is 0 for one seed, which has no interval, and without a budget.
     """
+    if None in line:
+        if len(line) > 1:
+            raise InputError("a line has runs with and without a budget: add a flag to --by")
+        return [(None, statistics.mean(run.score for run in line[None]), 0)]
     means = []
-    for budget, seeds in sorted(line.items()):
-        mean, half = mean_and_half_width(list(seeds.values()))
-        means.append((budget, mean, half if len(seeds) > 1 else 0))
+    for budget, runs in sorted(line.items()):
+        mean, half = mean_and_half_width([run.score for run in runs])
+        means.append((budget, mean, half if len(runs) > 1 else 0))
     return means
 
 
@@ -71,7 +88,7 @@ class Axes:
     """Where a budget, on a log scale, and a score are in the picture."""
 
     def __init__(self, points):
-        """points: [(budget or None, mean, half width)] of all lines."""
+        """points: those of all lines."""
         self.budgets = sorted({budget for budget, _, _ in points if budget})
         if not self.budgets:
             raise InputError("no run that ended has a budget: there is nothing to draw")
@@ -140,9 +157,11 @@ def labels(ends):
 
 def draw(title, lines):
     """Return the picture as SVG. lines: see `lines_of`. Raises InputError."""
+    if len(lines) > len(COLOURS):
+        raise InputError(f"{len(lines)} lines: choose at most {len(COLOURS)} with --lines")
     means = {name: points(line) for name, line in lines.items()}
     axes = Axes([point for of_line in means.values() for point in of_line])
-    numbers = {len(seeds) for line in lines.values() for seeds in line.values()}
+    numbers = {len(runs) for line in lines.values() for runs in line.values()}
     seeds = " or ".join(map(str, sorted(numbers)))
     title = f"{title}: mean and 95 % interval over {seeds} seeds"
     beside = LETTER * max(map(len, lines))
@@ -176,10 +195,10 @@ def main(argv=None):
     add("svg", help="the picture to write")
     add("--task", required=True)
     add("--where", nargs="*", default=[], metavar="FLAG=VALUE",
-        help="keep runs with this, and runs without the flag; a flag twice: either")  # fmt: skip
+        help="leave out runs with another value; name a flag twice to keep two values")  # fmt: skip
     add("--by", nargs="+", default=["method", "targets", "proxy", "allocator"], metavar="FLAG",
         help="flags that tell lines apart")  # fmt: skip
-    add("--lines", nargs="+", metavar="NAME[=NEW NAME]", help="draw these alone, in this order")
+    add("--lines", nargs="+", metavar="NAME[=NEW NAME]", help="draw only these, in this order")
     args = parser.parse_args(argv)
     try:
         runs = choose(read_runs(args.file), args.task, args.where)

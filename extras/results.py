@@ -40,28 +40,38 @@ class Gain:
     by_example: np.ndarray | None  # (n,): difference for each dev example, mean over seeds
 
 
-def read_runs(path):
-    """Return the runs in a file, with the flags that were set.
+# What is raised where a record is not of the form of a finished run.
+WRONG_FORM = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
-    A line that was written in part is left out, with a warning. Raises InputError for anything
-    else that is no run, or if there are no runs.
+
+def records(path):
+    """Yield (line number, what it holds) of a file of JSON lines, plain or gzipped.
+
+    A line that was written in part is left out, with a warning. Raises InputError.
     """
     opener = gzip.open if path.endswith(".gz") else open
-    runs = []
-    number = 1
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
+                    yield number, json.loads(line)
+                except (json.JSONDecodeError, RecursionError):
                     warnings.warn(f"{path}, line {number}, is not whole: left out", stacklevel=2)
-                    continue
-                runs.append(as_run(record))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is damaged: {error}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {number}, is no finished run: {error!r}") from None
+    except UnicodeDecodeError:
+        reason = "not text in UTF-8; the name of a gzipped file has to end in .gz"
+        raise InputError(f"{path} is {reason}") from None
+
+
+def read_runs(path):
+    """Return the runs in a file, with the flags that were set. Raises InputError."""
+    runs = []
+    for number, record in records(path):
+        try:
+            runs.append(as_run(record))
+        except WRONG_FORM as error:
+            raise InputError(f"{path}, line {number}, is no finished run: {error!r}") from None
     if not runs:
         raise InputError(f"{path} holds no finished run")
     return runs
@@ -133,32 +143,43 @@ def select(runs, flag, texts):
     Raises InputError if no run has one of the values.
     """
     found = sorted({run.flags[flag] for run in runs if flag in run.flags})
+    wanted = set()
     for text in texts:
-        if text not in found:
+        same = {value for value in found if is_same(value, text)}
+        if not same:
             there = f"have {', '.join(found)}" if found else "lack this flag"
             others = f"those that meet the other conditions {there}"
             raise InputError(f"no run has {flag}={text}; {others}")
-    return [run for run in runs if run.flags.get(flag, texts[0]) in texts]
+        wanted |= same
+    return [run for run in runs if flag not in run.flags or run.flags[flag] in wanted]
 
 
-def have_equally_many_examples(run, other):
-    """Return whether two runs kept which examples they got right, of equally many examples."""
-    if run.right is None or other.right is None:
+def is_same(text, other):
+    """Return whether two texts are equal, or are equal numbers, such as 0.003 and 3e-3."""
+    try:
+        return text == other or float(text) == float(other)
+    except ValueError:
         return False
-    return len(run.right) == len(other.right)
+
+
+def is_pair(run, other):
+    """Return whether both runs ended, on the same data and the same kind of processor."""
+    if run.score is None or other.score is None:
+        return False
+    same = ("processor", "data_checksum", "train_limit", "holdout")
+    return all(run.flags.get(flag) == other.flags.get(flag) for flag in same)
 
 
 def gain_over(row, baseline):
-    """Return the Gain of a row, or None if fewer than two seeds ended in both rows."""
+    """Return the Gain of a row, or None if it makes fewer than two pairs with the baseline."""
     pairs = []
     for seed, run in row.items():
-        other = baseline.get(seed)
-        if other and run.score is not None and other.score is not None:
-            pairs.append((run, other))
+        if seed in baseline and is_pair(run, baseline[seed]):
+            pairs.append((run, baseline[seed]))
     if len(pairs) < 2:
         return None
     differences = [run.score - other.score for run, other in pairs]
     by_example = None
-    if all(have_equally_many_examples(*pair) for pair in pairs):
+    if all(run.right is not None and other.right is not None for run, other in pairs):
         by_example = np.mean([100.0 * run.right - 100.0 * other.right for run, other in pairs], 0)
     return Gain(differences, *mean_and_half_width(differences), by_example)

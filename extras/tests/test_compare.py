@@ -111,6 +111,30 @@ def test_a_result_names_the_processor(runs):
     assert record["processor"] == fast_cpu.processor_name()
 
 
+def test_a_run_on_another_processor_is_done_again(runs, monkeypatch):
+    compare.main(["lora", "--seeds", "0"])
+    monkeypatch.setattr(compare, "processor_name", lambda: "another")
+    compare.main(["lora", "--seeds", "0"])
+    compare.main(["lora", "--seeds", "0"])
+    assert len(runs) == 2
+
+
+def test_a_run_that_another_process_ends_meanwhile_is_kept_once(runs, monkeypatch, tmp_path):
+    compare.main(["lora", "--seeds", "0"])
+    path = tmp_path / "results.jsonl"
+    text = path.read_text()
+    path.write_text("")
+    alone = train.train
+
+    def train_beside_another(flags):
+        path.write_text(text)  # what the other process writes
+        return alone(flags)
+
+    monkeypatch.setattr(train, "train", train_beside_another)
+    compare.main(["lora", "--seeds", "0"])
+    assert len(runs) == 2 and path.read_text() == text
+
+
 def test_a_warm_up_matters_to_lora_only_where_it_starts_along_the_gradient(runs):
     for contender in ("lora", "lora:init=gradient"):
         for steps in ("0", "3"):
@@ -129,7 +153,7 @@ def test_a_torn_last_line_is_left_out_and_done_again(runs, tmp_path):
     compare.main(["lora"])
     path = tmp_path / "results.jsonl"
     path.write_text(path.read_text()[:-20])
-    with pytest.warns(UserWarning, match="line 3: not a result"):
+    with pytest.warns(UserWarning, match="line 3, is not whole"):
         compare.main(["lora"])
     assert [r.seed for r in runs] == [0, 1, 2, 2]
     assert json.loads(path.read_text().splitlines()[-1])["flags"]["seed"] == 2
@@ -170,6 +194,7 @@ def test_a_run_that_diverges_is_counted_and_kept(runs, capsys):
         "lora --method static",
         "lora --seeds -1",
         "lora --results no-such-folder/results.jsonl",
+        "lora --results results.jsonl.gz",
         "--epochs 1 lora",
     ],
 )

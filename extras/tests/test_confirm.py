@@ -180,7 +180,11 @@ def test_other_runs_in_the_same_file_change_nothing(tuning, judge):
         (lambda runs: runs.pop(0), "TREC: LoRA on q and v, held out, learning rate 0.001: want"),
         (lambda runs: runs.pop(), "sst2: alignment, greedy, learning rate 0.003: want one run"),
         (lambda runs: runs.append(runs[-1]), "sst2: alignment, greedy, learning rate 0.003: want"),
-        (lambda runs: runs[-1].update(processor="B"), "sst2: runs of several processors: A, B"),
+        (
+            lambda runs: runs[-1].update(processor="B"),
+            "sst2: runs with several values of processor: A, B",
+        ),
+        (lambda runs: runs[-1]["flags"].update(epochs=9.0), "sst2: runs with several values of ep"),
         (lambda runs: runs[-1].update(result={"failed": ""}), "seed 207 failed: PROTOCOL.md says"),
     ],
 )

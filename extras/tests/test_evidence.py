@@ -154,7 +154,7 @@ def test_a_label_names_what_differs_and_leaves_out_what_is_usual(show):
 
 def test_a_flag_selects_runs_and_spares_those_whose_method_does_not_use_it(show):
     lines = [line(0, 0.7, lr=0.001), line(0, 0.8, lr=0.003), line(0, 0.5, method="head")]
-    table = show(lines, "--where", "lr=0.003")
+    table = show(lines, "--where", "lr=3e-3")
     assert "80.00" in table and "50.00" in table and "70.00" not in table
 
 
@@ -214,6 +214,22 @@ def test_the_same_seeds_on_another_processor_are_another_row(show):
     assert "`lora processor=A`" in table and "`lora processor=B`" in table
 
 
+@pytest.mark.parametrize("flag", ["processor", "data_checksum"])
+def test_runs_on_other_data_or_another_processor_are_not_compared(show, flag):
+    lines = []
+    for method, value in [("lora", "A"), ("static", "B"), ("head", "A")]:
+        for seed in (0, 1):
+            record = json.loads(line(seed, 0.7, method=method))
+            if flag == "processor":
+                record["processor"] = value
+            else:
+                record["flags"][flag] = value
+            lines.append(json.dumps(record) + "\n")
+    table = show(lines)
+    assert re.search(r"`static .*=B` \| 2 \| 70.00 ± 0.00 \| 3,072 \| 4,096 \|  \|", table)
+    assert "| `head" in table and table.count("n = 2") == 1
+
+
 def test_the_same_run_twice_is_refused(show, capsys):
     with pytest.raises(SystemExit):
         show([line(0, 0.7), line(0, 0.9)])
@@ -264,10 +280,13 @@ def test_a_run_that_diverged_is_counted(show):
 
 def test_a_file_that_is_missing_empty_or_truncated_is_refused(tmp_path, capsys):
     path = tmp_path / "runs.jsonl.gz"
-    path.write_bytes(gzip.compress(line(0, 0.7).encode() * 1000)[:-9])
+    whole = gzip.compress(line(0, 0.7).encode() * 1000)
+    path.write_bytes(whole[:-9])
+    (tmp_path / "misnamed.jsonl").write_bytes(whole)
     (tmp_path / "empty.jsonl").touch()
     errors = {path: "is damaged", tmp_path / "missing.jsonl": "No such file"}
     errors |= {tmp_path / "empty.jsonl": "holds no finished run"}
+    errors |= {tmp_path / "misnamed.jsonl": "gzipped file has to end in .gz"}
     for name, message in errors.items():
         with pytest.raises(SystemExit):
             evidence.main([str(name), "--task", "mrpc"])

@@ -35,8 +35,8 @@ def drawn(runs, wanted=None):
 
 
 def test_a_point_is_the_mean_over_seeds_and_its_interval():
-    line = {3072: {"1": 71.0, "2": 72.0, "3": 73.0}, 1536: {"1": 60.0, "2": 60.0}, 6144: {"1": 9}}
-    first, second, third = figure.points(line)
+    line = {3072: [run(seed, 70 + seed) for seed in (1, 2, 3)], 6144: [run(1, 9)]}
+    first, second, third = figure.points(line | {1536: [run(1, 60), run(2, 60)]})
     assert first == (1536, 60, 0)
     # Standard deviation 1, n = 3, and Student's t is 4.3027.
     assert second == pytest.approx((3072, 72, 4.3027 / 3**0.5), abs=1e-3)
@@ -79,7 +79,7 @@ def test_names_of_lines_that_end_together_stand_apart():
 
 def test_failed_runs_are_left_out():
     runs = [run(1, 70, budget="1000"), run(2, None, budget="1000")]
-    assert figure.lines_of(runs, ["method"]) == {"lora": {1000: {"1": 70}}}
+    assert figure.lines_of(runs, ["method"]) == {"lora": {1000: runs[:1]}}
 
 
 def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys):
@@ -87,9 +87,15 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys):
     result = {"last": 0.7, "params_active": 9, "params_ever_trained": 9}
     line = json.dumps({"flags": flags, "result": result}) + "\n"
     no_budget = line.replace('"budget"', '"size"')
+    other_seed = line.replace('"seed": 0', '"seed": 1')
+    other_rate = other_seed.replace('"method"', '"lr": 0.1, "method"')
     for text, arguments, message in [
         (line, ["--lines", "lora v"], "no line is called 'lora v'; there are: lora q"),
-        (line * 2, [], "two runs are lora q, budget 1000, seed 0: choose with --where"),
+        (line * 2, [], "lora q, budget 1000: two runs have seed 0: choose with --where"),
+        (line + other_rate, [], "lora q, budget 1000: runs differ in lr: choose with --where"),
+        (line + other_seed.replace('"budget"', '"size"'), [], "with and without a budget"),
+        (line.replace("1000", "0"), [], "budget 0: want a number of parameters above 0"),
+        ("".join(line.replace("lora", f"m{i}") for i in range(9)), [], "9 lines: choose at most 7"),
         (line, ["--where", "budget"], "--where budget: want FLAG=VALUE"),
         (no_budget, [], "no run that ended has a budget"),
     ]:
