@@ -41,11 +41,13 @@ NO_MATTER = {"data_dir", "device", "out", "resume", "command", "model"}
 # Flags that are the same for all contenders.
 SHARED = {"task", "metric", "train_limit", "holdout", "model", "method", "budget", "seed"}
 SHARED |= NO_MATTER
-# Flags of the first score, of the search space, and those that a method does not use.
+# Flags of a score and what comes before it.
 SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_steps"}
 SEARCH |= {"score_repeats"}
+# Flags of the search space.
 SPACE = {"budget", "targets", "shortcuts", "rank", "alpha", "shortcut_alpha", "adapter"}
 SPACE |= {"allocator", "init"}
+# What each method leaves unused: it is no part of what tells runs apart.
 UNUSED = {
     "dynamic": set(),
     "static": {"realloc_every"},
@@ -95,12 +97,12 @@ def prepare(args, argv):
     for spec in args.contenders:
         flags = train.parse_args([*argv, *contender_argv(spec, vars(common))])
         flags.holdout = args.holdout
-        flags.budget = int(common.budget)  # or all of its search space, if that is smaller
+        flags.budget = int(common.budget)
         try:
             task, _, model, _ = train.prepare(flags)
         except InputError as error:
             raise InputError(f"{spec}: {error}") from None
-        flags.budget = int(common.budget)  # what was asked for, also where the space is smaller
+        flags.budget = int(common.budget)  # `prepare` lowers it to all of a smaller search space
         # Results on other data or another checkpoint do not count, whatever its name.
         flags.data_checksum = zlib.crc32(repr((task.train, task.dev)).encode())
         flags.checkpoint = model.checkpoint

@@ -14,14 +14,14 @@ import statistics
 from data import InputError
 from extras.evidence import choose
 from extras.files import write
-from extras.forest import STEPS, segment, text
+from extras.forest import LETTER, STEPS, opening, segment, text
 from extras.intervals import mean_and_half_width
 from extras.results import read_runs
 
 COLOURS = ("#007a5a", "#d55e00", "#696969", "#0072b2", "#aa3377", "#8a6d00", "#000000")
 LEFT, RIGHT, TOP, BOTTOM = 60, 540, 56, 356  # edges of the plot, in pixels
 INSET = 20  # pixels from an edge to the smallest or largest budget
-LETTER, ROW = 7.5, 16  # width of a letter and height of a label, in pixels
+ROW = 16  # the height of a label, in pixels
 
 
 def lines_of(runs, by):
@@ -165,13 +165,10 @@ def draw(title, lines):
     seeds = " or ".join(map(str, sorted(numbers)))
     title = f"{title}: mean and 95 % interval over {seeds} seeds"
     beside = LETTER * max(map(len, lines))
-    width = max(RIGHT + beside, LEFT + LETTER * len(title))
+    width = max(RIGHT + beside, 32 + LETTER * len(title))
     marks = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} 410" '
-        'font-family="sans-serif" font-size="13" fill="#222222">',
-        f'<rect width="{width:.0f}" height="410" rx="8" fill="#ffffff"/>',
-        text(LEFT, 28, title, 'font-weight="bold"'),
-        text(LEFT, 47, "the metric on dev, times 100"),
+        *opening(0, width, 410, title),
+        text(16, 42, "the metric on dev, times 100"),
         text((LEFT + RIGHT) / 2, 398, "adapter parameters", 'text-anchor="middle"'),
         *axes.draw(),
     ]

@@ -10,7 +10,7 @@ import html
 import math
 
 REACH = 200  # pixels from the line at 0, which is x = 0, to either edge of the plot
-LETTER = 7  # about the width of a letter, in pixels: the longest text makes the picture wide
+LETTER = 7.5  # about the width of a letter, in pixels: the longest text makes the picture wide
 TOP, ROW = 70, 26  # the first row, and the height of one
 STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # between two ticks, in points
 
@@ -22,6 +22,17 @@ def text(x, y, words, more=""):
 def segment(x1, y1, x2, y2, colour, width):
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line {ends} stroke="{colour}" stroke-width="{width}"/>'
+
+
+def opening(left, width, height, title):
+    """Return the first marks of a picture: a white panel, legible on any page, and its title."""
+    style = 'font-family="sans-serif" font-size="13" fill="#222222"'
+    box = f'viewBox="{left} 0 {width:.0f} {height}"'
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box} {style}>',
+        f'<rect x="{left}" width="{width:.0f}" height="{height}" rx="8" fill="#ffffff"/>',
+        text(left + 16, 24, title, 'font-weight="bold"'),
+    ]
 
 
 def scale_of(gains):
@@ -47,18 +58,14 @@ def draw(title, baseline, gains):
     limit, step = scale_of(gains)
     unit = REACH / limit  # pixels for a point
     labels = [f"{label}, n = {len(gain.differences)}" for label, gain in gains.items()]
-    subtitle = f"minus {baseline}: mean and 95 % interval, in points; right of 0 is better"
+    subtitle = f"minus {baseline}: mean and uncorrected 95 % interval, in points"
     beside = LETTER * max(map(len, labels))  # pixels left of the plot
     above = LETTER * max(len(title), len(subtitle)) - 2 * REACH
     left = -REACH - 30 - max(beside, above)
     width = REACH + 30 - left
     bottom = TOP + ROW * len(gains)
-    height = bottom + 34
-    style = 'font-family="sans-serif" font-size="12" fill="#222222"'
     marks = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} 0 {width} {height}" {style}>',
-        f'<rect x="{left}" width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
-        text(left + 16, 24, title, 'font-weight="bold"'),
+        *opening(left, width, bottom + 34, title),
         text(left + 16, 42, subtitle),
         *axis(limit, step, bottom),
     ]

@@ -52,9 +52,9 @@ def highest_ranks(args, search):
 
 
 def extra_seconds(progress):
-    """Return what recording added: recorded steps take longer for a token than plain ones.
+    """Return by how much recording made its steps longer, from what a token takes in plain steps.
 
-    0 if that cannot be told: no step was plain, or the first one, which is slow, outweighs it.
+    0 if that cannot be told: no step was plain, or the first step, which is slow, hides it.
     """
     plain_tokens = progress.tokens - progress.recorded_tokens
     if plain_tokens == 0:
