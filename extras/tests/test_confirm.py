@@ -3,12 +3,16 @@
 import argparse
 import itertools
 import json
+import pathlib
+import re
 
 import pytest
 
 import train
 from data import InputError
 from extras import compare, confirm, results
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 # The rows as docs/PROTOCOL.md writes them, and the flags of its command.
 CONTENDERS = {
@@ -160,6 +164,17 @@ def test_runs_at_a_common_rate_are_shown_and_judge_nothing(tuning, judge, tmp_pa
     text = judge(runs, "--lr", "0.01", "--svg", str(tmp_path / "forest.svg"))
     assert "| 60.00 ± 0.00 (0.01) |" in text and "beats both" not in text
     assert "all rows at learning rate 0.01" in (tmp_path / "forest.svg").read_text()
+
+
+def test_the_results_hold_what_their_command_prints_and_draws(capsys, tmp_path):
+    document = DOCS / "RESULTS.md"
+    text = document.read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m extras\.confirm docs/(\S+) (.*) docs/(\S+)$", text, re.M)
+    assert commands
+    for file, flags, picture in commands:
+        confirm.main([str(DOCS / file), *flags.split(), str(tmp_path / "a.svg")])
+        assert f"\n\n{capsys.readouterr().out}\n" in text
+        assert (tmp_path / "a.svg").read_bytes() == (DOCS / picture).read_bytes()
 
 
 def test_other_runs_in_the_same_file_change_nothing(tuning, judge):
