@@ -3,8 +3,8 @@
     python -m extras.confirm docs/protocol.jsonl.gz
     python -m extras.confirm docs/protocol.jsonl.gz --lr 0.003
 
-Each row of a task has the learning rate that was best on held-out training examples; with --lr,
-all rows have that one, which is shown and judges nothing.
+Each row of a task has the learning rate that was best on held-out training examples. With --lr, all
+rows have that one, the paper's searches are there too, and nothing is judged.
 """
 
 import argparse
@@ -37,7 +37,12 @@ RULES = {
     "alignment, within-layer": STATIC | {"proxy": "alignment", "allocator": "within-layer"},
     "alignment, greedy": STATIC | {"proxy": "alignment", "allocator": "greedy"},
 }
-ROWS = BASELINES | ON_V | RULES
+PAPER = {
+    "paper, static": STATIC | {"proxy": "grad-norm", "allocator": "greedy"},
+    "paper, dynamic": STATIC | {"method": "dynamic", "proxy": "grad-norm", "allocator": "greedy"},
+}
+JUDGED = BASELINES | ON_V | RULES
+ROWS = JUDGED | PAPER
 
 
 def is_of(run, name):
@@ -103,17 +108,17 @@ def check_same(runs, task):
             )
 
 
-def rows_of_tasks(runs, lr=None):
+def rows_of_tasks(runs, names, lr=None):
     """Return ({task: {name: row}}, {task: {name: learning rate}}). Raises InputError."""
     rows, rates = {}, {}
     for task in TASKS:
         of_task = []
         for run in runs:
-            if run.flags["task"] == task and any(is_of(run, name) for name in ROWS):
+            if run.flags["task"] == task and any(is_of(run, name) for name in names):
                 of_task.append(run)
         check_same(of_task, task)
         rows[task], rates[task] = {}, {}
-        for name in ROWS:
+        for name in names:
             try:
                 rows[task][name], rates[task][name] = row_of(of_task, name, lr)
             except InputError as error:
@@ -124,7 +129,7 @@ def rows_of_tasks(runs, lr=None):
 def table_of_means(rows, rates):
     """Return a Markdown table: the accuracy of each row on each task, and its learning rate."""
     lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
-    for name in ROWS:
+    for name in rows[TASKS[0]]:
         cells = []
         for task in TASKS:
             scores = [run.score for run in rows[task][name].values()]
@@ -133,10 +138,10 @@ def table_of_means(rows, rates):
     return "\n".join(lines)
 
 
-def family_of(rows, other):
+def family_of(rows, rules, other):
     """Return {(rule, task): Gain over another row}: what is corrected together."""
     family = {}
-    for rule in RULES:
+    for rule in rules:
         for task in TASKS:
             family[rule, task] = gain_over(rows[task][rule], rows[task][other])
     return family
@@ -188,9 +193,12 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, help="take the runs at this rate, and judge nothing")
     parser.add_argument("--svg", metavar="PICTURE", help="draw the differences to LoRA on q and v")
     args = parser.parse_args(argv)
+    names, rules = JUDGED, RULES
+    if args.lr is not None:
+        names, rules = ROWS, RULES | PAPER
     try:
-        rows, rates = rows_of_tasks(read_runs(args.file), args.lr)
-        families = {other: family_of(rows, other) for other in BASELINES | ON_V}
+        rows, rates = rows_of_tasks(read_runs(args.file), names, args.lr)
+        families = {other: family_of(rows, rules, other) for other in BASELINES | ON_V}
         blocks = [table_of_means(rows, rates)]
         blocks += [table_of_family(family, other) for other, family in families.items()]
         if args.lr is None:

@@ -22,6 +22,7 @@ CONTENDERS = {
     "alignment, within-layer": "static:alignment:within-layer",
     "alignment, greedy": "static:alignment:greedy",
 }
+PAPER = {"paper, static": "static:grad-norm", "paper, dynamic": "dynamic:grad-norm"}
 COMMAND = "--budget 3072 --targets q,k,v,o --shortcuts none --rank 1 --alpha 2 --precision bfloat16"
 
 
@@ -31,7 +32,7 @@ def flags_of(contender):
     return vars(train.parse_args(COMMAND.split() + compare.contender_argv(contender, known)))
 
 
-FLAGS = {name: flags_of(contender) for name, contender in CONTENDERS.items()}
+FLAGS = {name: flags_of(contender) for name, contender in (CONTENDERS | PAPER).items()}
 
 
 def record(task, name, seed, accuracy, lr=0.003, holdout=None):
@@ -154,15 +155,14 @@ def test_compare_chooses_the_same_rate_of_two_that_tie(monkeypatch):
 
 
 def test_runs_at_a_common_rate_are_shown_and_judge_nothing(tuning, judge, tmp_path):
-    chosen, common = on_dev({}), on_dev({})
-    for run in common:
-        run["flags"] = run["flags"] | {"lr": 0.01}
-        run["result"]["last"] = 0.6
-    runs = tuning + chosen + common
+    common = []
+    for task, name, seed in itertools.product(confirm.TASKS, FLAGS, range(200, 208)):
+        common.append(record(task, name, seed, 0.6, lr=0.01))
+    runs = tuning + on_dev({}) + common
     text = judge(runs)
     assert "| 80.00 ± 0.00 (0.003) |" in text and "60.00" not in text and "beats both" in text
     text = judge(runs, "--lr", "0.01", "--svg", str(tmp_path / "forest.svg"))
-    assert "| 60.00 ± 0.00 (0.01) |" in text and "beats both" not in text
+    assert "| paper, static | 60.00 ± 0.00 (0.01) |" in text and "beats both" not in text
     assert "all rows at learning rate 0.01" in (tmp_path / "forest.svg").read_text()
 
 
