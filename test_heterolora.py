@@ -756,7 +756,8 @@ def test_any_other_budget_is_refused_with_what_is_allowed(text):
 def run(*flags, out=None):
     """Run train.main on a few examples of the built-in task, a quarter held out -> exit status"""
     common = ["--train-limit", "96", "--holdout", "0.25", "--max-steps", "6"]
-    common += ["--precision", "float32", "--head-warmup", "8"]
+    common += ["--precision", "float32", "--head-warmup", "8", "--probe-batches", "2"]
+    common += ["--batch-size", "12"]
     return train.main([*common, *flags, *(["--out", str(out)] if out else [])])
 
 
@@ -853,7 +854,7 @@ def test_more_probe_batches_do_not_change_the_order_of_the_data(tmp_path, monkey
 
 
 def test_a_dynamic_run_reallocates_and_keeps_the_history(tmp_path):
-    assert run("--realloc-every", "0.7", "--warmup-steps", "3", out=tmp_path / "a") == 0
+    assert run("--realloc-every", "0.34", "--warmup-steps", "3", out=tmp_path / "a") == 0
     lines = (tmp_path / "a" / "history.jsonl").read_text().splitlines()
     space, *history = map(json.loads, lines)
     assert [entry["step"] for entry in history] == [0, 2, 4]

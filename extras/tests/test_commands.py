@@ -37,7 +37,7 @@ def test_evaluate_takes_the_examples_that_the_run_held_out(tmp_path):
 def test_evaluate_gives_the_metric_of_the_run_also_for_another_task(tmp_path):
     folder = str(tmp_path / "a")
     flags = ["--train-limit", "64", "--max-steps", "1", "--metric", "matthews", "--out", folder]
-    flags += ["--head-warmup", "8", "--precision", "float32"]
+    flags += ["--head-warmup", "8", "--precision", "float32", "--holdout", "0.25"]
     assert train.main(flags) == 0
     values = evaluate.evaluate_run(folder, "paraphrase")
     assert list(values) == ["matthews", "accuracy", "loss", "right"]
