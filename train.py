@@ -55,7 +55,7 @@ def parse_args(argv=None):
     few = number(int, -1, 9999)  # 0 to 9999
     positive = number(float, 0)
     parser = argparse.ArgumentParser(
-        prog="train.py", description="HeteroLoRA and its baselines under a parameter budget."
+        prog="train.py", usage="python train.py [flags]", description="HeteroLoRA and baselines."
     )
     add = parser.add_argument_group("task and model").add_argument
     add("--task", type=path, default="paraphrase", help="built-in, GLUE, or your own folder")

@@ -15,8 +15,7 @@ def number(kind, above, most=sys.maxsize):
         value = kind(text)
         if not above < value <= most:
             least = f"at least {above + 1}" if kind is int else f"more than {above}"
-            limit = f", at most {most}" if most < sys.maxsize else ""
-            raise argparse.ArgumentTypeError(f"{text}: want {least}{limit}")
+            raise argparse.ArgumentTypeError(f"{text}: want {least}, at most {most}")
         return value
 
     parse.__name__ = "whole number" if kind is int else "number"

@@ -31,6 +31,8 @@ def check_flags(args):
         raise InputError(f"--method {args.method} has its own rule: leave --allocator out")
     if args.init == "gradient" and args.method in ("head", "full"):
         raise InputError(f"--method {args.method} has no adapters: leave --init out")
+    if args.init == "gradient" and args.method == "alora":
+        raise InputError("--method alora has no warm-up for a gradient: leave --init out")
     if args.method == "lora" and args.targets == []:
         raise InputError("--method lora is of linears, and there are none: give --targets")
     if args.score_repeats and args.method not in ("static", "dynamic"):

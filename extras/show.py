@@ -157,6 +157,11 @@ def describe(costs, history):
     return "\n".join([*parts, align(timeline(costs, history))])
 
 
+def number_of(layer):
+    """Return 3 of "layers.3"."""
+    return int(layer.rpartition(".")[2])
+
+
 def timeline(costs, history):
     """Return a table with a row for each allocation. The mean layer is weighted by parameters."""
     head = ["step", "on", "parameters", "came", "went", "jaccard", "with first", "mean layer"]
@@ -167,7 +172,7 @@ def timeline(costs, history):
         came, went, overlap = changes(ranks, before)
         by_layer, by_kind = prices(costs, ranks)
         total = max(sum(by_kind.values()), 1)
-        depth = sum(i * price for i, price in enumerate(by_layer.values())) / total
+        depth = sum(number_of(layer) * price for layer, price in by_layer.items()) / total
         row = [entry["step"], len(modules_on(ranks)), entry["parameters"], len(came), len(went)]
         row += [f"{value:.2f}" for value in (overlap, jaccard(ranks, first), depth)]
         rows.append(row + [f"{price / total:.0%}" for price in by_kind.values()])

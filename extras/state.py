@@ -1,7 +1,7 @@
 """What a run holds while it trains, what it has learned, and how both are put back.
 
-`State` is everything that a run needs to go on, bit for bit on a CPU. What was learned is less: the
-ranks that are on and their values, the head, and the names of the classes.
+`State` is everything that a run needs to go on, bit for bit on a CPU with as many threads. What was
+learned is less: the ranks that are on and their values, the head, and the names of the classes.
 """
 
 import contextlib
@@ -158,10 +158,9 @@ class State:
                 if moment.dim() > 0 and moment.shape != parameter.shape:
                     raise ValueError("the optimizer's state is of another shape")
         self.schedule.last_epoch = self.progress.step
-        rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        self.schedule._last_lr = [lr * factor(self.progress.step) for lr, factor in rates]
-        for group, lr in zip(self.optimizer.param_groups, self.schedule._last_lr, strict=True):
-            group["lr"] = lr
+        factors = self.schedule.lr_lambdas
+        for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
+            group["lr"] = group["initial_lr"] * factor(self.progress.step)
         self.data_order.set_state(state["generators"][0])
         self.probing.set_state(state["generators"][1])
         torch.set_rng_state(state["dropout"])

@@ -14,7 +14,9 @@ def summarise(args, model, adapters, search, progress, device):
     metric = next(iter(progress.evaluations[-1]))
     trained = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)
     active = heterolora.cost(adapters) if adapters else trained
-    ever = heterolora.cost(adapters, highest_ranks(args, search)) if search else active
+    ever = active
+    if adapters:
+        ever = heterolora.cost(adapters, highest_ranks(args, adapters, search))
     everything = {name: adapter.max_rank for name, adapter in adapters.items()}
     recording_seconds = extra_seconds(progress)
     train_seconds = progress.step_seconds - recording_seconds
@@ -42,10 +44,12 @@ def summarise(args, model, adapters, search, progress, device):
     }
 
 
-def highest_ranks(args, search):
+def highest_ranks(args, adapters, search):
     """Return {module name: the most ranks that it ever had}, a joint warm-up included."""
-    highest = dict.fromkeys(search.adapters, RANK if args.warmup_steps else 0)
-    for entry in search.history:
+    is_warmed = args.warmup_steps and (search or args.init == "gradient")
+    highest = dict.fromkeys(adapters, RANK if is_warmed else 0)
+    now = {"ranks": {name: adapter.rank for name, adapter in adapters.items()}}
+    for entry in search.history if search else [now]:
         for name, rank in entry["ranks"].items():
             highest[name] = max(highest[name], rank)
     return highest

@@ -102,6 +102,12 @@ def load_own(folder):
     if os.path.exists(path):
         texts = [columns for columns in TEXTS if len(columns) == len(rows[0][1])]
         task.dev = to_examples(path, read_own(path, texts), labels)
+        seen = {example[:2] for example in task.train}
+        twice = sum(example[:2] in seen for example in task.dev)
+        if twice:
+            warnings.warn(
+                f"{twice} of {len(task.dev)} texts in {path} are in train.tsv too", stacklevel=2
+            )
     else:
         warnings.warn(f"{folder} has no dev.tsv: a tenth of train.tsv is held out", stacklevel=2)
         task = hold_out(task, HELD_OUT)
@@ -109,9 +115,11 @@ def load_own(folder):
 
 
 def read_own(path, texts):
-    """Return `read_table`'s rows. Raises InputError for an empty text or label."""
+    """Return `read_table`'s rows. Raises InputError for an empty text, or no clean label."""
     rows = read_table(path, texts, "label")
     for number, cells, label in rows:
         if not all(cell.strip() for cell in [*cells, label]):
             raise InputError(f"{path}, line {number}: an empty text or label")
+        if label != label.strip():
+            raise InputError(f"{path}, line {number}: a space around the label {label!r}")
     return rows

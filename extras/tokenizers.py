@@ -15,7 +15,7 @@ import re
 import unicodedata
 
 from data import InputError
-from extras.vocabularies import read_merges, read_options, read_vocabulary
+from extras.vocabularies import read_merges, read_options, read_vocabulary, refuse_more_tokens
 
 
 class Tokenizer:
@@ -248,6 +248,7 @@ def load_tokenizer(folder):
     vocab_txt = os.path.join(folder, "vocab.txt")
     vocab_json = os.path.join(folder, "vocab.json")
     merges_txt = os.path.join(folder, "merges.txt")
+    refuse_more_tokens(folder, WordPiece.specials + BPE.specials)
     if os.path.isfile(vocab_txt):
         vocab = read_vocabulary(vocab_txt, WordPiece.specials)
         strip_accents = options.get("strip_accents")

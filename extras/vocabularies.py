@@ -63,3 +63,24 @@ def read_options(path):
                 raise InputError(f"{path}: {name} is {value!r}: want true or false")
             options[name] = value
     return options
+
+
+def refuse_more_tokens(folder, specials):
+    """Raise InputError if a tokenizer was given tokens beside its vocabulary and `specials`."""
+    added = []
+    for name in ("tokenizer_config.json", "added_tokens.json"):
+        path = os.path.join(folder, name)
+        given = read_json(path) if os.path.isfile(path) else {}
+        if name == "added_tokens.json":
+            added += given
+            continue
+        if given.get("tokenizer_class") == "BertJapaneseTokenizer":
+            raise InputError(f"{path}: BertJapaneseTokenizer is not supported")
+        try:
+            added += [entry["content"] for entry in given.get("added_tokens_decoder", {}).values()]
+            added += given.get("additional_special_tokens") or []
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: tokens of an unknown form: {error!r}") from None
+    more = sorted(set(map(str, added)) - set(specials))
+    if more:
+        raise InputError(f"{folder}: tokens that were added are not supported: {', '.join(more)}")

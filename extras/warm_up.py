@@ -8,6 +8,7 @@ A warm-up depends on random draws: the head's start, its examples, the batches t
 """
 
 import contextlib
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ import heterolora
 
 RANK = 1  # of every module in a joint warm-up
 HEAD_BATCHES = 32  # the warm-up of the head cycles through so many
+# Scores that do not see the head: it is not warmed up for them.
+HEADLESS = ("constant", "alignment", "alignment-by-type", "misalignment")
 
 
 def first_allocation(args, run, search, train_set):
@@ -23,10 +26,13 @@ def first_allocation(args, run, search, train_set):
 
     It stops when one more warm-up does not change the allocation.
     """
+    flags = copy.copy(args)
+    if args.proxy in HEADLESS:
+        flags.head_warmup = 0
     rounds = []
     before = None
     for repeat in range(args.score_repeats or 1):
-        with warmed_up(args, search.model, search.adapters, train_set, repeat):
+        with warmed_up(flags, search.model, search.adapters, train_set, repeat):
             draws = draws_for(args, "first probing", repeat)
             batches = train_set.sample(args.probe_batches, args.batch_size, draws)
             rounds.append(search.score(batches))
@@ -87,7 +93,7 @@ def warmed_up(args, model, adapters, train_set, repeat=0):
         if args.warmup_steps:
             heterolora.set_ranks(adapters, dict.fromkeys(adapters, RANK))
             batches = train_set.sample(args.warmup_steps, args.batch_size, draws)
-            train_together(args, model, adapters, batches)
+            train_together(args, model, adapters, batches, draws.initial_seed())
         elif args.head_warmup:
             n_batches = min(args.head_warmup, HEAD_BATCHES)
             train_head(model, train_set.sample(n_batches, args.batch_size, draws), args.head_warmup)
@@ -97,12 +103,12 @@ def warmed_up(args, model, adapters, train_set, repeat=0):
         model.zero_grad()
 
 
-def train_together(args, model, adapters, batches):
+def train_together(args, model, adapters, batches, dropout_seed):
     """Take a step on each of the batches, as in training. Raises FloatingPointError."""
     from train import loss_fn, make_optimizer, update
 
     model.train()
-    torch.manual_seed(args.seed)  # dropout
+    torch.manual_seed(dropout_seed)  # each warm-up's own, and not that of training
     optimizer, schedule = make_optimizer(args, model, adapters, len(batches))
     for batch in batches:
         loss = loss_fn(model, batch)

@@ -76,10 +76,11 @@ def test_the_gradient_is_that_after_the_warm_up_of_the_head():
     assert abs(cosine.item()) == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["head", "full"])
-def test_a_method_without_adapters_has_nothing_to_start(capsys, method):
+@pytest.mark.parametrize("method, lack", [("head", "adapters"), ("full", "adapters"),
+                                          ("alora", "warm-up for a gradient")])  # fmt: skip
+def test_a_method_without_adapters_or_warm_up_has_nothing_to_start(capsys, method, lack):
     assert train.main(["--method", method, "--init", "gradient"]) == 2
-    assert f"--method {method} has no adapters: leave --init out" in capsys.readouterr().err
+    assert f"--method {method} has no {lack}: leave --init out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("warm_up", [["--warmup-steps", "20", "--lr", "0.05"], []])

@@ -195,11 +195,16 @@ def test_ever_trained_counts_the_highest_rank_that_every_module_had():
     search = heterolora.HeteroLoRA(None, adapters, 600, None)
     search.history = [{"ranks": {"layers.0.q": 3}}, {"ranks": {"layers.0.q": 1, "layers.1.v": 4}}]
     args = train.parse_args([])
-    highest = extras.summary.highest_ranks(args, search)
+    highest = extras.summary.highest_ranks(args, adapters, search)
     assert heterolora.cost(adapters, highest) == 32 * (3 + 4)
     args.warmup_steps = 10  # all modules have had a rank
-    highest = extras.summary.highest_ranks(args, search)
+    highest = extras.summary.highest_ranks(args, adapters, search)
     assert heterolora.cost(adapters, highest) == 32 * (3 + 4 + 4)
+    # LoRA without a search has a warm-up where it starts along the gradient.
+    heterolora.set_ranks(adapters, {"layers.0.q": 3})
+    for args.init, ranks in ((None, 3), ("gradient", 3 + 5)):
+        highest = extras.summary.highest_ranks(args, adapters, None)
+        assert heterolora.cost(adapters, highest) == 32 * ranks
 
 
 # -------------------------------------------------------------------------- another kind of adapter

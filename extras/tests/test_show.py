@@ -83,6 +83,12 @@ def test_a_history_is_shown_allocation_by_allocation(run, capsys):
     assert last == "10 3 28 2 1 0.25 0.25 0.29 71% 18% 0% 11%".split()
 
 
+def test_the_mean_layer_is_right_where_the_first_layers_have_no_module():
+    history = [{"step": 0, "ranks": {"layers.3.q": 1}, "parameters": 16}]
+    head, row = show.timeline({"layers.3.q": [16]}, history)
+    assert row[head.index("mean layer")] == "3.00"
+
+
 def test_a_history_is_drawn_with_a_box_for_every_stretch_that_a_module_is_on(run):
     show.main([str(run), "--svg", str(run / "search.svg")])
     titles = [e.text for e in ElementTree.parse(run / "search.svg").iter() if "title" in e.tag]

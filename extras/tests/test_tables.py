@@ -31,7 +31,8 @@ def test_labels_are_those_of_the_training_file_sorted_and_other_columns_do_not_m
 @pytest.mark.parametrize("name", ["sentence", "text"])
 def test_one_text_is_called_sentence_or_text(tmp_path, name):
     lines = [f"{name}\tlabel", 'say "hi"\tb', "two\ta"]
-    task = data.load_task(write(tmp_path, lines, lines))
+    with pytest.warns(UserWarning, match="2 of 2 texts in .*dev.tsv are in train.tsv too"):
+        task = data.load_task(write(tmp_path, lines, lines))
     assert task.train == [('say "hi"', None, 1), ("two", None, 0)] == task.dev
 
 
@@ -52,6 +53,11 @@ def test_without_dev_a_tenth_is_held_out_and_said(tmp_path):
         (["text\tlabel", "a\tb", " \tb"], None, "train.tsv, line 3: an empty text"),
         (["text\tlabel", "a\tb", "c\t"], None, "train.tsv, line 3: an empty text or label"),
         (["text\tlabel", "a\tb", "c\tb"], None, "1 different labels in 2 rows"),
+        (
+            ["text\tlabel", "a\tb", "c\tb "],
+            None,
+            "train.tsv, line 3: a space around the label 'b '",
+        ),
         (["text\tlabel"] + [f"a\t0.{i}" for i in range(40)], None, "40 different labels"),
         (["text\tlabel"], None, "no examples"),
         (["text\tlabel", "a\tb", "c\td"], ["text\tlabel", "a\tx"], "dev.tsv, line 2: label 'x'"),

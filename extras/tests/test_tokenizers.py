@@ -272,6 +272,24 @@ ROBERTA_VOCAB = numbered(ROBERTA_SPECIALS)
         ({"vocab.txt": ""}, "vocab.txt: the vocabulary has no [CLS] [SEP] [PAD] [UNK] [MASK]"),
         ({"vocab.txt": BERT_VOCAB + "a\nb\na\n"}, "vocab.txt, line 8: 'a' for the second time"),
         ({"vocab.txt": BERT_VOCAB, "tokenizer_config.json": "{"}, "tokenizer_config.json"),
+        (
+            {"vocab.txt": BERT_VOCAB, "added_tokens.json": '{"[E1]": 9}'},
+            "added are not supported: [E1]",
+        ),
+        (
+            {
+                "vocab.txt": BERT_VOCAB,
+                "tokenizer_config.json": '{"added_tokens_decoder": {"9": {"content": "[E1]"}}}',
+            },
+            "tokens that were added are not supported: [E1]",
+        ),
+        (
+            {
+                "vocab.txt": BERT_VOCAB,
+                "tokenizer_config.json": '{"tokenizer_class": "BertJapaneseTokenizer"}',
+            },
+            "BertJapaneseTokenizer is not supported",
+        ),
         ({"vocab.txt": b"\xff"}, "vocab.txt"),
         ({"vocab.json": "[]", "merges.txt": ""}, "vocab.json"),
         ({"vocab.json": ROBERTA_VOCAB, "merges.txt": "#version\na b c\n"}, "'a b c' is not a pair"),

@@ -43,6 +43,26 @@ def test_without_a_warm_up_nothing_changes():
         assert heterolora.cost(adapters) == 0
 
 
+@pytest.mark.parametrize("proxy, is_warmed", [("alignment", False), ("grad-norm", True)])
+def test_a_score_that_does_not_see_the_head_waits_for_no_warm_up(monkeypatch, proxy, is_warmed):
+    args, search, split = a_search("--proxy", proxy)
+    search.proxy = proxy
+    calls = []
+    train_head = warm_up.train_head
+    monkeypatch.setattr(warm_up, "train_head", lambda *flags: calls.append(train_head(*flags)))
+    warm_up.first_allocation(args, None, search, split)
+    assert bool(calls) == is_warmed
+
+
+def test_every_joint_warm_up_has_dropout_of_its_own():
+    args, search, split = a_search("--warmup-steps", "1")
+    states = []
+    for repeat in (0, 1):
+        with warmed_up(args, search.model, search.adapters, split, repeat):
+            states.append(torch.get_rng_state())
+    assert not torch.equal(*states)
+
+
 def test_a_repeat_starts_from_a_new_head():
     args, search, split = a_search("--head-warmup", "0")
     head = search.model.head[0].weight
