@@ -4,7 +4,7 @@
     python -m extras.confirm docs/protocol.jsonl.gz --lr 0.003
 
 Each row of a task has the learning rate that was best on held-out training examples. With --lr, all
-rows have that one, the paper's searches are there too, and nothing is judged.
+rows have that one, the paper's searches are there too if they were run, and nothing is judged.
 """
 
 import argparse
@@ -193,12 +193,15 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, help="take the runs at this rate, and judge nothing")
     parser.add_argument("--svg", metavar="PICTURE", help="draw the differences to LoRA on q and v")
     args = parser.parse_args(argv)
-    names, rules = JUDGED, RULES
-    if args.lr is not None:
-        names, rules = ROWS, RULES | PAPER
     try:
-        rows, rates = rows_of_tasks(read_runs(args.file), names, args.lr)
-        families = {other: family_of(rows, rules, other) for other in BASELINES | ON_V}
+        runs = read_runs(args.file)
+        shown = []
+        if args.lr is not None:
+            shown = [name for name in PAPER if any(is_of(run, name) for run in runs)]
+        rows, rates = rows_of_tasks(runs, [*JUDGED, *shown], args.lr)
+        families = {}
+        for other in BASELINES | ON_V:
+            families[other] = family_of(rows, [*RULES, *shown], other)
         blocks = [table_of_means(rows, rates)]
         blocks += [table_of_family(family, other) for other, family in families.items()]
         if args.lr is None:

@@ -135,8 +135,13 @@ def details(gains):
             low, high = over_examples(gain.by_example)
             over = f"[{low:+.2f}, {high:+.2f}]"
         needed = detectable(gain.differences)
-        cells[label] = [f"{p:.3f}", f"{corrected[label]:.3f}", over, f"{needed:.2f}"]
+        cells[label] = [p_cell(p), p_cell(corrected[label]), over, f"{needed:.2f}"]
     return cells
+
+
+def p_cell(p):
+    """Return p as a cell of the table."""
+    return f"{p:.3f}" if p >= 0.0005 else "<0.001"
 
 
 def table(rows, baseline, has_details=False):
