@@ -3,8 +3,9 @@
     python -m extras.figure results.jsonl accuracy.svg --task TREC --where lr=0.003
 
 Runs with the same values of the flags in --by are one line; a point is the mean of its seeds, and
-the band is the 95 % interval of that mean. Runs without a budget (head, full) are a dashed level.
-Bands may overlap although a paired difference is clear: extras.evidence prints those.
+the band is the 95 % interval of that mean. Runs without a budget (head, full) are a dashed level,
+whatever learning rate --where gives. Bands may overlap although a paired difference is clear:
+extras.evidence prints those.
 """
 
 import argparse
@@ -22,6 +23,20 @@ COLOURS = ("#007a5a", "#d55e00", "#696969", "#0072b2", "#aa3377", "#8a6d00", "#0
 LEFT, RIGHT, TOP, BOTTOM = 60, 540, 56, 356  # edges of the plot, in pixels
 INSET = 20  # pixels from an edge to the smallest or largest budget
 ROW = 16  # the height of a label, in pixels
+
+
+def choose_points(runs, task, where):
+    """Return the runs of a task that meet the conditions, as extras.evidence.choose does.
+
+    A learning rate is one of adapters: runs that have none, and no budget, keep theirs. Raises
+    InputError.
+    """
+    with_budget = [run for run in runs if "budget" in run.flags]
+    others = [run for run in runs if "budget" not in run.flags and run.flags["task"] == task]
+    points = choose(with_budget, task, where) if with_budget else []
+    if others:
+        points += choose(others, task, [text for text in where if not text.startswith("lr=")])
+    return points
 
 
 def lines_of(runs, by):
@@ -198,7 +213,7 @@ def main(argv=None):
     add("--lines", nargs="+", metavar="NAME[=NEW NAME]", help="draw only these, in this order")
     args = parser.parse_args(argv)
     try:
-        runs = choose(read_runs(args.file), args.task, args.where)
+        runs = choose_points(read_runs(args.file), args.task, args.where)
         lines = chosen(lines_of(runs, args.by), args.lines)
         write(args.svg, draw(args.task, lines))
     except (InputError, OSError) as error:

@@ -77,6 +77,16 @@ def test_names_of_lines_that_end_together_stand_apart():
     assert len(places) == 3 and min(places[1] - places[0], places[2] - places[1]) >= 16
 
 
+def test_a_learning_rate_in_where_is_not_about_runs_without_adapters():
+    tuned = [run(1, 70, task="TREC", budget="1000", lr=lr, holdout="0") for lr in ("0.1", "0.2")]
+    full = run(1, 90, task="TREC", method="full", lr="5e-05", holdout="0")
+    held_out = run(1, 90, task="TREC", method="full", lr="5e-05", holdout="0.2")
+    other_task = run(1, 90, task="SICK", method="full", holdout="0")
+    runs = [*tuned, full, held_out, other_task]
+    assert figure.choose_points(runs, "TREC", ["lr=0.1"]) == [tuned[0], full]
+    assert figure.choose_points(runs, "TREC", []) == [*tuned, full]
+
+
 def test_failed_runs_are_left_out():
     runs = [run(1, 70, budget="1000"), run(2, None, budget="1000")]
     assert figure.lines_of(runs, ["method"]) == {"lora": {1000: runs[:1]}}
