@@ -138,7 +138,6 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
     points = [name for name, module in modules.items() if isinstance(module, nn.Identity)]
     chosen = _find(targets, linears) + _find(shortcuts, points)
     shortcut_alpha = alpha if shortcut_alpha is None else shortcut_alpha
-    D = model.config.hidden_size if shortcuts else None
     adapters = {}
     for name in sorted(chosen, key=list(modules).index):  # the model's own order
         host = modules[name]
@@ -146,6 +145,7 @@ def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, 
         if name in linears:
             new = adapter(host.in_features, host.out_features, rank, alpha, generator)
         else:
+            D = model.config.hidden_size
             new = adapter(D, D, rank, shortcut_alpha, generator)
         new.attach(name, host, adapters)
         beside = next(host.parameters(), next(model.parameters()))  # devices may differ by module
@@ -252,8 +252,7 @@ def recording(model, measure, sums):
         outputs.append(torch.autograd.graph.get_gradient_edge(y))
         return y
 
-    adapted = [module for module in model.modules() if isinstance(module, Adapted)]
-    hooks = [module.register_forward_hook(watch) for module in adapted]
+    hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, Adapted)]
     try:
         yield outputs
     finally:
