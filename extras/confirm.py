@@ -1,10 +1,12 @@
 """Judge the confirming runs of docs/PROTOCOL.md: does a rule beat uniform LoRA and a random draw?
 
     python -m extras.confirm docs/protocol.jsonl.gz
+    python -m extras.confirm docs/protocol.jsonl.gz --budget 6144
     python -m extras.confirm docs/protocol.jsonl.gz --lr 0.003
 
-Each row of a task has the learning rate that was best on held-out training examples. With --lr, all
-rows have that one, the paper's searches are there too if they were run, and nothing is judged.
+Each row of a task has the learning rate that was best on held-out training examples, at 3,072
+parameters. With --lr, all rows have that one, and the paper's searches are there too if they were
+run. With --budget, the tasks are those that were run with it. With either nothing is judged.
 """
 
 import argparse
@@ -19,13 +21,14 @@ TASKS = ("TREC", "SUBJ", "SICK", "mrpc", "sst2")
 SEEDS = ["200", "201", "202", "203", "204", "205", "206", "207"]
 TUNING_SEEDS = SEEDS[:3]
 RATES = (0.001, 0.003, 0.01)
+BUDGET = "3072"
 NEEDED = 3  # tasks on which a rule must beat both baselines
 
 # What is the same in all runs of a task.
 SAME = ("processor", "checkpoint", "data_checksum", "epochs", "train_limit", "batch_size")
 
 # The flags that tell a row's runs from the others of the protocol. None has --init gradient.
-COMMON = {"budget": "3072", "shortcuts": "none", "precision": "bfloat16"}
+COMMON = {"shortcuts": "none", "precision": "bfloat16"}
 LORA = COMMON | {"method": "lora", "allocator": "middle-layers"}
 STATIC = COMMON | {"method": "static", "targets": "q,k,v,o", "rank": "1", "alpha": "2"}
 BASELINES = {
@@ -45,9 +48,10 @@ JUDGED = BASELINES | ON_V | RULES
 ROWS = JUDGED | PAPER
 
 
-def is_of(run, name):
-    """Return whether a run belongs to a row."""
-    return ROWS[name].items() <= run.flags.items() and "init" not in run.flags
+def is_of(run, name, budget=BUDGET):
+    """Return whether a run belongs to a row at a budget."""
+    flags = ROWS[name] | {"budget": budget}
+    return flags.items() <= run.flags.items() and "init" not in run.flags
 
 
 def is_at(run, lr):
@@ -81,16 +85,19 @@ def chosen_lr(runs, name):
     return best
 
 
-def row_of(runs, name, lr=None):
+def row_of(runs, name, lr=None, budget=BUDGET):
     """Return ({seed: run}, learning rate) of a row, from the runs of one task.
 
     lr: the rate to take; the chosen one if it is None. Raises InputError if a run is missing, was
     made twice or failed.
     """
-    runs = [run for run in runs if is_of(run, name)]
+    held_out = [run for run in runs if is_of(run, name) and run.flags["holdout"] == "0.2"]
     if lr is None:
-        lr = chosen_lr([run for run in runs if run.flags["holdout"] == "0.2"], name)
-    on_dev = [run for run in runs if run.flags["holdout"] == "0" and is_at(run, lr)]
+        lr = chosen_lr(held_out, name)
+    on_dev = []
+    for run in runs:
+        if is_of(run, name, budget) and run.flags["holdout"] == "0" and is_at(run, lr):
+            on_dev.append(run)
     row = by_seed(on_dev, SEEDS, f"{name}, learning rate {lr:g}")
     for run in row.values():
         if run.score is None:
@@ -108,19 +115,33 @@ def check_same(runs, task):
             )
 
 
-def rows_of_tasks(runs, names, lr=None):
+def tasks_of(runs, budget):
+    """Return the tasks to show: all; at another budget than BUDGET those that have runs there.
+
+    Raises InputError if there are none.
+    """
+    if budget == BUDGET:
+        return list(TASKS)
+    there = {run.flags["task"] for run in runs if any(is_of(run, name, budget) for name in JUDGED)}
+    if not there:
+        raise InputError(f"no run of the protocol has --budget {budget}")
+    return [task for task in TASKS if task in there]
+
+
+def rows_of_tasks(runs, names, lr=None, budget=BUDGET):
     """Return ({task: {name: row}}, {task: {name: learning rate}}). Raises InputError."""
     rows, rates = {}, {}
-    for task in TASKS:
+    for task in tasks_of(runs, budget):
         of_task = []
         for run in runs:
-            if run.flags["task"] == task and any(is_of(run, name) for name in names):
+            is_in_row = any(is_of(run, name) or is_of(run, name, budget) for name in names)
+            if run.flags["task"] == task and is_in_row:
                 of_task.append(run)
         check_same(of_task, task)
         rows[task], rates[task] = {}, {}
         for name in names:
             try:
-                rows[task][name], rates[task][name] = row_of(of_task, name, lr)
+                rows[task][name], rates[task][name] = row_of(of_task, name, lr, budget)
             except InputError as error:
                 raise InputError(f"{task}: {error}") from None
     return rows, rates
@@ -128,10 +149,10 @@ def rows_of_tasks(runs, names, lr=None):
 
 def table_of_means(rows, rates):
     """Return a Markdown table: the accuracy of each row on each task, and its learning rate."""
-    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
-    for name in rows[TASKS[0]]:
+    lines = [f"| | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
+    for name in next(iter(rows.values())):
         cells = []
-        for task in TASKS:
+        for task in rows:
             scores = [run.score for run in rows[task][name].values()]
             cells.append(f"{mean_and_sd(scores)} ({rates[task][name]:g})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -142,7 +163,7 @@ def family_of(rows, rules, other):
     """Return {(rule, task): Gain over another row}: what is corrected together."""
     family = {}
     for rule in rules:
-        for task in TASKS:
+        for task in rows:
             family[rule, task] = gain_over(rows[task][rule], rows[task][other])
     return family
 
@@ -191,28 +212,29 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="extras.confirm", description=about)
     parser.add_argument("file", help="FILE.jsonl or FILE.jsonl.gz")
     parser.add_argument("--lr", type=float, help="take the runs at this rate, and judge nothing")
+    parser.add_argument("--budget", default=BUDGET, help="the same: parameters (3072)")
     parser.add_argument("--svg", metavar="PICTURE", help="draw the differences to LoRA on q and v")
     args = parser.parse_args(argv)
     try:
         runs = read_runs(args.file)
         shown = []
         if args.lr is not None:
-            shown = [name for name in PAPER if any(is_of(run, name) for run in runs)]
-        rows, rates = rows_of_tasks(runs, [*JUDGED, *shown], args.lr)
+            shown = [name for name in PAPER if any(is_of(run, name, args.budget) for run in runs)]
+        rows, rates = rows_of_tasks(runs, [*JUDGED, *shown], args.lr, args.budget)
         families = {}
         for other in BASELINES | ON_V:
             families[other] = family_of(rows, [*RULES, *shown], other)
         blocks = [table_of_means(rows, rates)]
         blocks += [table_of_family(family, other) for other, family in families.items()]
-        if args.lr is None:
+        if args.lr is None and args.budget == BUDGET:
             blocks.append(answer(families))
         if args.svg:
-            title = "3,072 parameters, each row at its chosen learning rate"
+            at = "each row at its chosen learning rate"
             if args.lr is not None:
-                title = f"3,072 parameters, all rows at learning rate {args.lr:g}"
+                at = f"all rows at learning rate {args.lr:g}"
             baseline = "LoRA on q and v"
             gains = {f"{task}: {rule}": gain for (rule, task), gain in families[baseline].items()}
-            write(args.svg, forest.draw(title, baseline, gains))
+            write(args.svg, forest.draw(f"{int(args.budget):,} parameters, {at}", baseline, gains))
         print("\n\n".join(blocks))
     except (InputError, OSError) as error:
         parser.error(str(error))

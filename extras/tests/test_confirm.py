@@ -166,6 +166,23 @@ def test_runs_at_a_common_rate_are_shown_and_judge_nothing(tuning, judge, tmp_pa
     assert "all rows at learning rate 0.01" in (tmp_path / "forest.svg").read_text()
 
 
+def test_another_budget_is_shown_at_the_rates_of_the_first_and_judges_nothing(tuning, judge):
+    def at_6144(task):
+        runs = []
+        for name, seed in itertools.product(CONTENDERS, range(200, 208)):
+            runs += [record(task, name, seed, 0.6), record(task, name, seed, 0.5, lr=0.01)]
+        for run in runs:
+            run["flags"] = run["flags"] | {"budget": "6144"}
+        return runs
+
+    runs = tuning + on_dev({}) + at_6144("SICK") + at_6144("TREC")
+    text = judge(runs, "--budget", "6144")
+    assert "| | TREC | SICK |" in text
+    assert "| LoRA on v | 60.00 ± 0.00 (0.003) | 60.00 ± 0.00 (0.003) |" in text
+    assert "beats both" not in text
+    assert judge(runs) == judge(tuning + on_dev({}))
+
+
 def test_the_results_hold_what_their_command_prints_and_draws(capsys, tmp_path):
     document = DOCS / "RESULTS.md"
     text = document.read_text(encoding="utf-8")
@@ -221,3 +238,9 @@ def test_what_is_missing_mixed_or_failed_is_refused_in_one_line(
     with pytest.raises(SystemExit):
         judge(runs)
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_budget_that_was_not_run_is_refused_in_one_line(tuning, judge, capsys):
+    with pytest.raises(SystemExit):
+        judge(tuning + on_dev({}), "--budget", "6,144")
+    assert "no run of the protocol has --budget 6,144" in capsys.readouterr().err.splitlines()[-1]
