@@ -269,8 +269,9 @@ def usual_rank(args, encoder, targets, shortcuts, kind):
     """Return the rank if no --rank was given: 8, or what a budget in parameters allows.
 
     With --method adalora it is the first rank that costs extras.adalora.START times the budget.
-    With --method lora it is the largest one that fits, for other kinds than LoRA. (A budget that is
-    a share needs a search space, and so a rank.)
+    With --method lora it is the largest one that fits, for other kinds than LoRA; one more where
+    layers are served one after another. (A budget that is a share needs a search space, and so a
+    rank.)
     """
     budget = whole_number(str(args.budget))
     if budget is not None and args.method == "adalora":
@@ -278,9 +279,12 @@ def usual_rank(args, encoder, targets, shortcuts, kind):
         return min(bisect.bisect_left(costs, START * budget) + 1, len(costs))
     if budget is not None and args.method == "lora" and args.adapter != "lora":
         costs = uniform_costs(encoder, targets, [], kind)
-        if costs[0] > budget:
+        rank = bisect.bisect_right(costs, budget)
+        if args.allocator.endswith("-layers"):  # some layers can have one more
+            rank = min(rank + 1, len(costs))
+        if rank == 0:
             least = f"rank 1 of {args.adapter} costs {costs[0]:,}"
             raise InputError(f"--budget {budget:,} buys nothing: {least} on these --targets")
         args.budget = min(budget, costs[-1])
-        return bisect.bisect_right(costs, budget)
+        return rank
     return 8

@@ -63,7 +63,7 @@ def feature_norms(model, batches, loss_fn):
     finally:
         for hook in hooks:
             hook.remove()
-    return {adapter: totals[adapter] / counts[adapter] for adapter in totals}
+    return {adapter: totals[adapter] / counts[adapter] for adapter in totals if counts[adapter]}
 
 
 def signed_norms(model, adapters, batches, loss_fn, sign):

@@ -1,6 +1,6 @@
 """Allocation rules beside the paper's, registered on import: baselines and variants of greedy."""
 
-import re
+import os
 import warnings
 from operator import itemgetter
 
@@ -45,12 +45,18 @@ def layers_of(costs):
     """Return the names of the modules as a list for every layer, in the model's order.
 
     The first number in a name tells the layer: "layers.3.q", or "layers.3.mlp.experts.7.up_proj".
+    What all names begin with does not count, as "0" in "0.auto_model.encoder.layer.3.q".
     """
+    split_names = {name: name.split(".") for name in costs}
+    n_common = len(os.path.commonprefix(list(split_names.values())))
     layers = {}
-    for name in costs:
-        numbered = re.match(r"(.*?\.)??\d+\.", name)
-        layer = numbered[0] if numbered else name.rpartition(".")[0]
-        layers.setdefault(layer, []).append(name)
+    for name, parts in split_names.items():
+        n_parts = len(parts) - 1  # of the layer's own name, if there is no number
+        for i in range(n_common, len(parts)):
+            if parts[i].isdecimal():
+                n_parts = i + 1
+                break
+        layers.setdefault(tuple(parts[:n_parts]), []).append(name)
     return list(layers.values())
 
 

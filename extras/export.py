@@ -92,6 +92,8 @@ def save_merged(classifier, folder):
     kind = "Model"
     if classifier.pooling == "cls":
         kind = "ForSequenceClassification"
+        config.pop("num_labels", None)  # of another classifier; id2label tells it
+        config["problem_type"] = "single_label_classification"
         config["id2label"] = dict(enumerate(classifier.labels))
         config["label2id"] = {label: number for number, label in enumerate(classifier.labels)}
     config["architectures"] = [classifier.config.model_type.capitalize() + kind]
@@ -102,8 +104,9 @@ def save_merged(classifier, folder):
         write_checkpoint(new, config, tensors)
         write_head_apart(classifier, new)
         for name in os.listdir(checkpoint):
-            if name.startswith(TOKENIZER_FILES):
-                shutil.copyfile(os.path.join(checkpoint, name), os.path.join(new, name))
+            path = os.path.join(checkpoint, name)
+            if name.startswith(TOKENIZER_FILES) and os.path.isfile(path):
+                shutil.copyfile(path, os.path.join(new, name))
 
 
 def save_peft(classifier, folder):
@@ -164,8 +167,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         folders = [os.path.abspath(folder) for folder in (args.merge, args.peft) if folder]
-        if not folders or folders[0] in folders[1:]:
-            raise InputError("give --merge DIR, --peft DIR, or both, with different folders")
+        if not folders:
+            raise InputError("give --merge DIR, --peft DIR, or both")
+        if len(folders) > 1:
+            merged, peft = [os.path.join(folder, "") for folder in folders]
+            if merged.startswith(peft) or peft.startswith(merged):
+                raise InputError("give --merge and --peft different folders, none in the other")
         for folder in folders:
             if os.path.exists(folder):
                 raise InputError(f"{folder} is there already: give a new folder")

@@ -18,12 +18,17 @@ from heterolora import in_eval_mode
 
 
 def gradient_rows(model, adapters, batches, loss_fn):
-    """Return {adapter: directions of the new rows of A (r, d_in)}, for the r ranks that are on."""
+    """Return {adapter: directions of the new rows of A (r, d_in)}, for the r ranks that are on.
+
+    Raises FloatingPointError if a gradient is not finite.
+    """
     with in_eval_mode(model):
         gradients = mean_over(batches, model, loss_fn, host_gradient)
     rows = {}
     for adapter in adapters.values():
         if adapter.rank > 0 and adapter in gradients:
+            if not gradients[adapter].isfinite().all():
+                raise FloatingPointError("a gradient at the start is not finite")
             _, _, Vh = torch.linalg.svd(gradients[adapter], full_matrices=False)
             rows[adapter] = Vh[: adapter.rank]  # of norm 1
     return rows

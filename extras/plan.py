@@ -70,7 +70,13 @@ def rank_pattern(
         adapters = inject(model, targets, [], rank, alpha, seed=seed)
         set_ranks(adapters, {})  # scores do not need them on, and the passes are cheaper
         search = HeteroLoRA(model, adapters, budget, loss_fn, proxy, allocator, seed)
-        entry = search.reallocate(list(batches))
+        try:
+            entry = search.reallocate(list(batches))
+        except AttributeError as error:
+            if "LoRALinear" not in str(error):
+                raise
+            advice = "computes with its linears' weights itself: leave these out of targets"
+            raise InputError(f"{error}: a part such as nn.MultiheadAttention {advice}") from None
     modules = {name: rank for name, rank in entry["ranks"].items() if rank > 0}
     if not modules:
         prices = rank_costs(adapters).values()
@@ -99,8 +105,9 @@ def left_as_it_was(model):
             yield
     finally:
         for module, children, buffers in before:
-            module._modules.update(children)
-            module._buffers.update(buffers)
+            for now, then in ((module._modules, children), (module._buffers, buffers)):
+                now.clear()  # of what a pass has added, too
+                now.update(then)
         for buffer, value in values.items():
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)

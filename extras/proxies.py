@@ -26,8 +26,8 @@ def at_least_float32(tensor):
 
 def host_gradient(adapter, x, d):
     """x (..., d_in), d (..., d_out) -> [G], the gradient (d_out, d_in) of the full matrix"""
-    x = x.flatten(0, -2)  # (tokens, d_in)
-    d = d.flatten(0, -2).to(x.dtype)  # (tokens, d_out)
+    x = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
+    d = d.reshape(-1, d.shape[-1]).to(x.dtype)  # (tokens, d_out)
     return [at_least_float32(d.T @ x)]
 
 
@@ -48,6 +48,8 @@ def squared_gradients(adapter, x, d):
     B is taken to be the last parameter with values that `active` names. Another kind than LoRA must
     name last one whose gradient is not 0 at the start.
     """
+    if x.dim() < 2:
+        raise ValueError("fisher: the first dimension of inputs must count examples")
     parameters = [parameter for parameter, _ in adapter.active(adapter.max_rank)]
     last_parameter = [parameter for parameter in parameters if parameter.numel() > 0][-1]
     total = 0.0
@@ -64,9 +66,9 @@ def squared_gradients(adapter, x, d):
 def fisher(adapter, total):
     """sum over a batch's examples of |dl_i/dB|^2: gradients of opposite sign do not cancel.
 
-    loss_fn must be a mean over examples, and the first dimension of x must count them. (The
-    official code lists a FISHER without implementing it. That of activations, Theis et al. 2018,
-    arXiv 1801.05787, is 0 while B = 0.)
+    loss_fn must be a mean over examples, the first dimension of x must count them, and the module
+    must run once in a pass. (The official code lists a FISHER without implementing it. That of
+    activations, Theis et al. 2018, arXiv 1801.05787, is 0 while B = 0.)
     """
     return total
 
@@ -97,8 +99,11 @@ def ablation(model, adapters, batches, loss_fn):
 
 
 def first_order_change(adapter, x, d):
-    """x (..., d_in), d (..., d_out) -> [<G, dW>], what dW changes in the loss to first order"""
-    dW_x = adapter(x, adapter.max_rank)
+    """x (..., d_in), d (..., d_out) -> [<G, dW>], what dW changes in the loss to first order
+
+    dW is of the ranks that are on; of all, if the module is off.
+    """
+    dW_x = adapter(x, adapter.rank or adapter.max_rank)
     return [(at_least_float32(d) * dW_x).sum()]
 
 
@@ -151,6 +156,9 @@ def spectral(adapter, G):
     """
     if G.shape[0] > G.shape[1]:  # G G^T and G^T G share what is not 0: take the smaller
         G = G.T
-    squares = torch.linalg.eigvalsh(G @ G.T)  # several times quicker than the singular values of G
+    gram = G @ G.T
+    if not gram.isfinite().all():  # eigvalsh would fail; the search says what is wrong
+        return torch.full((adapter.max_rank,), torch.nan)
+    squares = torch.linalg.eigvalsh(gram)  # several times quicker than the singular values of G
     largest_first = squares.flip(0)[: adapter.max_rank]
     return adapter.scale**2 * largest_first.clamp(min=0)

@@ -20,8 +20,11 @@ def synflow(model, adapters, batches, loss_fn):
     values; tokens are embedded as ones. While B = 0 it is 0 for every module, as SNIP is.
     """
     twin, twin_adapters = copy.deepcopy((model, adapters))
-    for parameter in twin.double().parameters():
-        parameter.data.abs_()
+    tensors = list(twin.double().parameters())
+    for adapter in twin_adapters.values():
+        tensors += adapter.buffers()  # what is frozen, as A and B of LoRA-XS
+    for tensor in tensors:
+        tensor.data.abs_()
 
     def flow(twin, batch):
         """Return R, the sum of the first example's logits."""

@@ -287,6 +287,16 @@ def test_a_search_works_with_kinds_whose_modules_share_nothing(tmp_path, kind):
     assert 0 < result["params_active"] <= result["params_budget"]
 
 
+def test_layers_in_turn_can_spend_what_is_not_enough_for_a_rank_everywhere(tmp_path):
+    flags = ["--method", "lora", "--adapter", "prolora-shared", "--budget", "1000"]
+    spent = {}
+    for allocator in ("uniform", "middle-layers"):
+        assert run(tmp_path / allocator, *flags, "--allocator", allocator) == 0
+        result = json.loads((tmp_path / allocator / "result.json").read_text())
+        spent[allocator] = result["params_active"]
+    assert spent["uniform"] < spent["middle-layers"] <= 1000
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

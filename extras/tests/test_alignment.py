@@ -46,9 +46,13 @@ def test_a_linear_that_no_input_reaches_is_bought_last():
     def loss_fn(model, x):
         return model["used"](x).sum()
 
+    def loss_fn_with_no_tokens(model, x):  # as an expert has that no token is sent to
+        return model["used"](x).sum() + model["unused"](x[:0]).sum()
+
     for name in ("alignment", "misalignment"):
-        scores = HeteroLoRA(model, adapters, 0, loss_fn, name).score([torch.ones(5, 4)])
-        assert scores["unused"] < scores["used"]
+        for loss in (loss_fn, loss_fn_with_no_tokens):
+            scores = HeteroLoRA(model, adapters, 0, loss, name).score([torch.ones(5, 4)])
+            assert scores["unused"] < scores["used"]
 
 
 def test_the_formula_is_the_norm_of_W_z_over_that_of_W_times_a_gaussian_as_long():

@@ -176,6 +176,12 @@ def test_layers_are_found_in_the_names_of_other_models():
     assert all(rank == (".1." in name) for name, rank in ranks.items())
 
 
+@pytest.mark.parametrize("name", ["{}", "net.{}", "0.auto_model.encoder.layer.{}.q", "0.{}.1.q"])
+def test_a_number_tells_the_layer_wherever_it_stands_but_not_one_that_all_names_begin_with(name):
+    costs = {name.format(number): [1] for number in (0, 2, 10)}
+    assert extras.allocators.layers_of(costs) == [[one] for one in costs]
+
+
 @pytest.mark.parametrize(
     "names",
     [

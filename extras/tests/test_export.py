@@ -230,15 +230,20 @@ def test_the_config_of_the_checkpoint_goes_along(tmp_path, monkeypatch):
     path = tmp_path / "base" / "config.json"
     path.write_text(
         json.dumps(
-            read(path) | {"tokens": "lower case", "dtype": "float16", "torch_dtype": "float16"}
+            read(path)
+            | {"tokens": "lower case", "dtype": "float16", "torch_dtype": "float16"}
+            # What a classifier of another task may have left.
+            | {"num_labels": 1, "problem_type": "regression"}
         )
     )
+    (tmp_path / "base" / "tokenizer").mkdir()
     answer_with(monkeypatch, make_run(tmp_path / "base"))
     assert export.main(["run", "--merge", str(tmp_path / "new")]) == 0
     config = read(tmp_path / "new" / "config.json")
     assert config["tokens"] == "lower case"
     assert config["torch_dtype"] == "float32"
-    assert "dtype" not in config
+    assert "dtype" not in config and "num_labels" not in config
+    assert config["problem_type"] == "single_label_classification"
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert config["id2label"] == {"0": "yes", "1": "no", "2": "maybe"}
     assert config["label2id"] == {"yes": 0, "no": 1, "maybe": 2}
@@ -313,9 +318,11 @@ def test_wrong_folders_are_refused_before_the_run_is_loaded(tmp_path, monkeypatc
     new = str(tmp_path / "new")
     assert export.main(["run"]) == 2
     assert "give --merge DIR, --peft DIR, or both" in capsys.readouterr().err
-    assert export.main(["run", "--merge", new, "--peft", new]) == 2
-    assert "different folders" in capsys.readouterr().err
-    assert export.main(["run", "--merge", new, "--peft", str(tmp_path)]) == 2
+    for other in (new, os.path.join(new, "inside")):
+        assert export.main(["run", "--merge", new, "--peft", other]) == 2
+        assert export.main(["run", "--merge", other, "--peft", new]) == 2
+        assert capsys.readouterr().err.count("different folders, none in the other") == 2
+    assert export.main(["run", "--peft", str(tmp_path)]) == 2
     assert "is there already: give a new folder" in capsys.readouterr().err
 
 

@@ -47,6 +47,13 @@ def test_no_other_A_of_the_same_length_gives_B_a_larger_gradient():
     assert norms[0] == max(norms)
 
 
+def test_a_gradient_that_is_not_finite_is_said():
+    model, adapters = make_model(["q"], [])
+    model.encoder.layers[0].q.host.weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        gradient_rows(model, adapters, make_batches(), loss_fn)
+
+
 @pytest.mark.parametrize("method", ["lora", "dynamic"])
 def test_a_run_starts_from_other_values_with_it(tmp_path, method):
     losses = []

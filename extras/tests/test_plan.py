@@ -223,6 +223,31 @@ def test_bad_input_is_one_clear_line(changes, message):
     assert len(str(raised.value)) < 250 and "\n" not in str(raised.value)
 
 
+class Attention(nn.Module):
+    """Attention that hands its linear's weights on, in place of calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2)
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, x):
+        if not hasattr(self, "cache"):
+            self.register_buffer("cache", torch.ones(8))
+        x = self.first(x * self.cache)
+        return self.inner(x, x, x)[0]
+
+
+def test_a_linear_that_is_not_called_is_refused_and_a_buffer_of_the_first_pass_goes():
+    model = Attention()
+    names = list(model.state_dict())
+    batches = [torch.randn(5, 1, 8)]
+    plan = rank_pattern(model, batches, lambda model, x: model(x).square().sum(), 500, ["first"])
+    assert plan.modules and list(model.state_dict()) == names
+    with pytest.raises(ValueError, match="MultiheadAttention computes with its linears' weights"):
+        rank_pattern(model, batches, lambda model, x: model(x).sum(), 500, ["out_proj"])
+
+
 def test_a_model_in_bfloat16_and_batches_from_an_iterator_will_do():
     toy = make_toy().bfloat16()
     plan = rank_pattern(toy, iter(BATCHES), loss_fn, 32, ["q"], rank=2)

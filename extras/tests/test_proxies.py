@@ -160,6 +160,25 @@ def test_path_scores_sum_to_the_fall_of_a_quadratic_loss():
     assert sum(scores.values()) == pytest.approx((with_none - with_all).item())
 
 
+def test_path_leaves_ranks_out_that_are_off():
+    torch.manual_seed(0)
+    model = TwoLinears()
+    adapters = inject(model, ["q", "v"], [], rank=2, alpha=3)
+    model.double()
+    for adapter in adapters.values():
+        up(adapter).data.normal_()
+    set_ranks(adapters, {"q": 1, "v": 1})
+    x, target = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+
+    def loss_fn(model, target):
+        return (model(x) - target).square().mean()
+
+    scores = score("path", model, adapters, [target], loss_fn)
+    with_all = loss_fn(model, target)
+    set_ranks(adapters, {})
+    assert sum(scores.values()) == pytest.approx((loss_fn(model, target) - with_all).item())
+
+
 def test_path_of_a_module_that_is_off_is_what_it_would_add(search_space):
     model, adapters, batches = search_space
     scores = score("path", *search_space)
@@ -178,6 +197,24 @@ def test_path_puts_the_scales_back_after_an_error(search_space):
     with pytest.raises(TypeError):
         score("path", model, adapters, [None])
     assert before == [adapter.scale for adapter in adapters.values()]
+
+
+@pytest.mark.parametrize("proxy", ["host-grad", "host-snip", "spectral", "fisher"])
+def test_what_is_not_finite_is_said_and_one_example_needs_no_batch(proxy):
+    model = TwoLinears()
+    adapters = inject(model, ["q", "v"], [], rank=2, alpha=3)
+
+    def loss_fn(model, x):
+        return model(x).square().mean()
+
+    with pytest.raises(FloatingPointError, match=f"proxy {proxy} gives"):
+        score(proxy, model, adapters, [torch.full((2, 4), torch.nan)], loss_fn)
+    if proxy == "fisher":
+        with pytest.raises(ValueError, match="must count examples"):
+            score(proxy, model, adapters, [torch.ones(4)], loss_fn)
+    else:
+        alone = score(proxy, model, adapters, [torch.ones(4)], loss_fn)
+        assert alone == score(proxy, model, adapters, [torch.ones(1, 4)], loss_fn)
 
 
 @pytest.mark.parametrize("proxy", ["fisher", "host-grad", "spectral"])

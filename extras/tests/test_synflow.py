@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from extras.adapters import LoRAXS
 from extras.synflow import _Linearised
 from heterolora import HeteroLoRA, inject
 from model import ACTIVATIONS
@@ -73,6 +74,18 @@ def test_inputs_may_be_numbers_and_the_loss_must_be_one_that_it_knows():
     assert score_with(F.cross_entropy) > 0
     with pytest.raises(ValueError, match="must call cross_entropy or mse_loss with the logits"):
         score_with(lambda logits, labels: F.nll_loss(logits.log_softmax(1), labels))
+
+
+def test_what_an_adapter_has_frozen_counts_by_its_absolute_value_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    adapters = inject(model, ["0"], [], rank=2, alpha=2, adapter=LoRAXS)
+    nn.init.normal_(adapters["0"].R)
+    batch = (torch.randn(5, 4),), torch.zeros(5, dtype=torch.long)
+    expected = score(model, adapters, [batch], "synflow")
+    adapters["0"].A.neg_()
+    adapters["0"].B[:2].neg_()
+    assert score(model, adapters, [batch], "synflow") == expected
 
 
 def test_synflow_takes_every_activation_and_attention_for_linear():
