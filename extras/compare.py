@@ -236,10 +236,12 @@ def table(contenders, results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="extras.compare", allow_abbrev=False,
+    rest = "Contenders come first. All other flags are those of train.py, for every contender."
+    parser = argparse.ArgumentParser(prog="extras.compare", allow_abbrev=False, epilog=rest,
                                      description=__doc__.splitlines()[0])  # fmt: skip
     add = parser.add_argument
-    add("contenders", nargs="+", metavar="CONTENDER", help="METHOD[:FLAG=VALUE]...; these first")
+    add("contenders", nargs="+", metavar="CONTENDER",
+        help="METHOD[:PROXY][:ALLOCATOR][:FLAG=VALUE]...; random is static:constant")  # fmt: skip
     add("--seeds", type=number(int, -1), nargs="+", default=[0, 1, 2])
     add("--lr", type=number(float, 0), nargs="+", default=[], help="each chooses its own")
     add("--tuning-seeds", type=number(int, 0), default=2, help="so many seeds choose an --lr (2)")

@@ -195,13 +195,18 @@ def test_the_results_hold_what_their_command_prints_and_draws(capsys, tmp_path):
 
 
 def test_the_table_of_the_readme_is_that_of_the_command(capsys):
-    confirm.main([str(DOCS / "protocol.jsonl.gz")])
-    means = capsys.readouterr().out.split("\n\n")[0].splitlines()[2:]
-    rows = [re.findall(r"\d+\.\d+ ± \d+\.\d+", row) for row in means]
+    def rows(*flags):
+        confirm.main([str(DOCS / "protocol.jsonl.gz"), *flags])
+        means = capsys.readouterr().out.split("\n\n")[0].splitlines()[2:]
+        return [" | ".join(re.findall(r"\d+\.\d+ ± \d+\.\d+", row)) for row in means]
+
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    assert len(rows) == 5
-    for row in rows:
-        assert f"| {' | '.join(row)} |\n" in readme
+    at_chosen_rates = rows()
+    assert len(at_chosen_rates) == 5
+    for row in at_chosen_rates:
+        assert f"| {row} |\n" in readme
+    paper_static = rows("--lr", "0.003")[5]
+    assert f"\n| the paper's static search | {paper_static} |\n" in readme
 
 
 def test_other_runs_in_the_same_file_change_nothing(tuning, judge):
