@@ -116,6 +116,8 @@ def load_task(name, data_dir=None):
     data_dir holds MRPC/train.tsv and so on; without it GLUE is downloaded into the cache. A folder
     of your own holds train.tsv and dev.tsv (extras/tables.py). Raises InputError.
     """
+    if name in (*BUILT_IN, *GLUE) and os.path.isfile(os.path.join(name, "train.tsv")):
+        raise InputError(f"{name} is a task, and a folder here: say ./{name}, or go elsewhere")
     if name in BUILT_IN:
         from extras.language import make_task
 

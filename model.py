@@ -196,9 +196,11 @@ class Classifier(nn.Module):
         self.draw_head(generator)
 
     def draw_head(self, generator=None):
-        """Give the head new initial values."""
+        """Give the head new initial values. generator: of the CPU, wherever the head is."""
+        std = self.config.initializer_range
         for linear in (self.head[0], self.head[3]):
-            nn.init.normal_(linear.weight, std=self.config.initializer_range, generator=generator)
+            weight = nn.init.normal_(torch.empty(linear.weight.shape), std=std, generator=generator)
+            linear.weight.data.copy_(weight)
             nn.init.zeros_(linear.bias)
 
     def pool(self, hidden, attention_mask):

@@ -130,11 +130,11 @@ def build(args, num_labels):
     """Build the model of a run -> tokenizer, model, adapters. Raises InputError."""
     from extras.adapters import choose_kind
     from extras.setup import read_checkpoint
-    from extras.state import checksum
+    from extras.state import checksum, form
 
     tokenizer, encoder = read_checkpoint(args)
     model = Classifier(encoder, num_labels, args.pooling, generator(args.seed, "head"))
-    model.checkpoint = checksum(encoder)  # before it is rounded to 16 bits, or trained
+    model.checkpoint, model.form = checksum(encoder), form(encoder, tokenizer)  # before training
     if args.method in ("head", "full"):
         encoder.requires_grad_(args.method == "full")
         args.budget = None

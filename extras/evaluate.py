@@ -1,9 +1,11 @@
 """Evaluate a finished run: python -m extras.evaluate RUN [--task NAME] [--data-dir DIR]
 
-The task is the run's own, or another of the same form: as many texts, and the same labels.
+The task is the run's own, or another of the same form: as many texts, and the same labels. A run
+with a held-out part is evaluated on that, also where its task has moved.
 """
 
 import argparse
+import os
 import sys
 
 import data
@@ -21,8 +23,10 @@ def evaluate_run(folder, task_name=None, data_dir=None, checkpoint=None):
     if data_dir:
         model.args.data_dir = data_dir
     if task_name:
+        name = os.path.basename(os.path.normpath(task_name))
+        if name != os.path.basename(model.args.task):
+            model.args.holdout = None  # another task has a dev set of its own
         model.args.task = task_name
-        model.args.holdout = None
     name = model.args.task
     task = setup.read_task(model.args)
     texts = 1 if task.dev[0][1] is None else 2

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 import tempfile
 
 from data import InputError, read_text
@@ -71,6 +72,12 @@ def lock(path):
     except OSError:  # a file system without locks
         return None
     return file
+
+
+def say(line):
+    """Print a line. A character that the terminal's encoding lacks is written as an escape."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # it may be redirected to None
+    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def cache_path(*parts):

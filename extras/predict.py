@@ -12,6 +12,7 @@ import torch
 import data
 import train
 from data import InputError
+from extras.files import say
 
 BATCH = 32  # lines that are classified together; one by one where somebody types them
 
@@ -86,7 +87,7 @@ def main(argv=None):
             batches = in_batches(examples_of(sys.stdin.buffer, model), size)
         for batch in batches:
             for label, probability in predict(model, batch):
-                print(f"label {label} | probability {probability:.4f}", flush=True)
+                say(f"label {label} | probability {probability:.4f}")
     except (InputError, OSError) as error:
         print(f"predict: error: {error}", file=sys.stderr)
         return 2

@@ -20,9 +20,16 @@ import torch
 
 from data import InputError
 from extras.checkpoints import read_pickle
-from extras.files import lock, read_json, write
+from extras.files import lock, read_json, say, write
 from extras.show import changes, costs_once, grid
-from extras.state import PLACES, collect_learned, fitting, read_config, run_checksum
+from extras.state import (
+    PLACES,
+    check_checkpoint,
+    collect_learned,
+    fitting,
+    read_config,
+    run_checksum,
+)
 
 LOGS = ("log.jsonl", "history.jsonl")
 FILES = ("config.json", *LOGS, "state.pt", "adapters.pt", "result.json")
@@ -94,6 +101,9 @@ class Run:
         if not self.folder:
             return
         self.lock = lock(self.path("lock"))  # held while this object, or the process, lives
+        for name in os.listdir(self.folder):  # what a kill may have left of a file
+            if name.startswith(FILES) and name.endswith(".unfinished"):
+                os.remove(self.path(name))
         if os.path.isfile(self.path("result.json")):
             raise InputError(f"{self.folder}: another process has just finished this run")
         if not self.is_new and not self.has_state():
@@ -104,11 +114,11 @@ class Run:
             for name in LOGS:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))
-        self.config = {"command": args.command, "flags": flags, "checkpoint": model.checkpoint}
+        self.config = {"command": args.command, "flags": flags}
+        self.config |= {"checkpoint": model.checkpoint, "form": model.form}
         if not self.is_new:
             before = read_config(self.folder)
-            if before["checkpoint"] != model.checkpoint:
-                raise InputError(f"{args.model} has other weights than when {self.folder} began")
+            check_checkpoint(before, model, args.model, self.folder)
             self.config["command"] = before["command"]
         self.config["checksum"] = self.checksum = run_checksum(flags, model.checkpoint)
         if not self.has_state():  # else `load` writes config.json, once the state is checked
@@ -122,7 +132,7 @@ class Run:
 
     def log(self, line, **numbers):
         """Print a line; its numbers go to log.jsonl."""
-        print(line, flush=True)
+        say(line)
         if numbers:
             self.append("log.jsonl", numbers)
 

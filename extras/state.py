@@ -27,6 +27,12 @@ def checksum(encoder):
     return total
 
 
+def form(encoder, tokenizer):
+    """Return a number that tells an architecture and its tokenizer from another."""
+    settings = {name: value for name, value in vars(tokenizer).items() if not callable(value)}
+    return zlib.crc32(repr((encoder.config, settings)).encode())
+
+
 PLACES = ("model", "task", "data_dir", "device")  # flags that may differ when a run is resumed
 
 
@@ -48,6 +54,14 @@ def read_config(folder):
     if config.get("checksum") != run_checksum(flags, config.get("checkpoint")):
         raise InputError(f"{path} was changed by hand, or is damaged: its checksum is wrong")
     return config
+
+
+def check_checkpoint(config, model, name, folder):
+    """Raise InputError if a model's checkpoint is not that of a run's config.json."""
+    if config["checkpoint"] != model.checkpoint:
+        raise InputError(f"{name} has other weights than when {folder} began")
+    if config.get("form", model.form) != model.form:  # runs of version 0.1 lack it
+        raise InputError(f"{name} has another config or tokenizer than when {folder} began")
 
 
 @contextlib.contextmanager
@@ -236,8 +250,7 @@ def put_learned(folder, learned, args, model, adapters):
     """Put what was learned into a model built from the same flags. Raises InputError."""
     config = read_config(folder)
     path = os.path.join(folder, "adapters.pt")
-    if config["checkpoint"] != model.checkpoint:
-        raise InputError(f"{args.model} has other weights than when {folder} began")
+    check_checkpoint(config, model, args.model, folder)
     if learned["run"] != config["checksum"]:
         raise InputError(f"{path} is of a run with other flags or another checkpoint")
     model.args = args

@@ -38,7 +38,7 @@ def read_glue(path, form):
 
 
 def read_table(path, texts, label, header=None):
-    """Return [(line number, texts, label)] of a file of lines with tabs. Raises InputError.
+    """Return [(line number, {column: text}, label)] of lines with tabs. Raises InputError.
 
     texts: tuples of columns, of which the first that is there counts. header: the names of all
     columns where the first line does not give them. Quotes are ordinary characters: MRPC has
@@ -51,7 +51,7 @@ def read_table(path, texts, label, header=None):
         first_line = 2
     if header.count(label) != 1:
         raise InputError(f"{path}, line 1: want one column {label!r}, not {', '.join(header)}")
-    columns = [header.index(name) for name in text_columns(path, texts, header)]
+    columns = {name: header.index(name) for name in text_columns(path, texts, header)}
     label_column = header.index(label)
     if not lines:
         raise InputError(f"{path}: no examples in it")
@@ -64,14 +64,15 @@ def read_table(path, texts, label, header=None):
             raise InputError(
                 f"{path}, line {number}: {len(cells)} columns instead of {len(header)}"
             )
-        rows.append((number, [cells[column] for column in columns], cells[label_column]))
+        row = {name: cells[column] for name, column in columns.items()}
+        rows.append((number, row, cells[label_column]))
     return rows
 
 
 def text_columns(path, choices, header):
     """Return the first of the choices, tuples of columns, that the header has, or InputError."""
     for columns in choices:
-        if set(columns) <= set(header):
+        if all(header.count(name) == 1 for name in columns):
             return columns
     wanted = " or ".join(map(str, choices))
     raise InputError(f"{path}, line 1: want columns {wanted}, not {', '.join(header)}")
@@ -80,10 +81,11 @@ def text_columns(path, choices, header):
 def to_examples(path, rows, labels):
     """Return the examples of `read_table`'s rows. Raises InputError for a label not in `labels`."""
     examples = []
-    for number, (text, *pair), label in rows:
+    for number, texts, label in rows:
         if label not in labels:
             known = ", ".join(labels)
             raise InputError(f"{path}, line {number}: label {label!r} is not one of {known}")
+        text, *pair = texts.values()
         examples.append((text, pair[0] if pair else None, labels.index(label)))
     return examples
 
@@ -100,7 +102,9 @@ def load_own(folder):
     task = Task(to_examples(path, rows, labels), [], labels, accuracy)
     path = os.path.join(folder, "dev.tsv")
     if os.path.exists(path):
-        texts = [columns for columns in TEXTS if len(columns) == len(rows[0][1])]
+        trained_on = tuple(rows[0][1])
+        texts = [trained_on]
+        texts += [columns for columns in TEXTS if len(columns) == len(trained_on)]
         task.dev = to_examples(path, read_own(path, texts), labels)
         seen = {example[:2] for example in task.train}
         twice = sum(example[:2] in seen for example in task.dev)
@@ -118,7 +122,7 @@ def read_own(path, texts):
     """Return `read_table`'s rows. Raises InputError for an empty text, or no clean label."""
     rows = read_table(path, texts, "label")
     for number, cells, label in rows:
-        if not all(cell.strip() for cell in [*cells, label]):
+        if not all(cell.strip() for cell in [*cells.values(), label]):
             raise InputError(f"{path}, line {number}: an empty text or label")
         if label != label.strip():
             raise InputError(f"{path}, line {number}: a space around the label {label!r}")

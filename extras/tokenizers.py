@@ -15,7 +15,7 @@ import re
 import unicodedata
 
 from data import InputError
-from extras.vocabularies import read_merges, read_options, read_vocabulary, refuse_more_tokens
+from extras.vocabularies import check_kind, read_merges, read_options, read_vocabulary
 
 
 class Tokenizer:
@@ -80,6 +80,7 @@ class WordPiece(Tokenizer):
     Python's Unicode tables say what a mark or punctuation is. The reference has older tables.
     """
 
+    classes = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")  # which do the same
     specials = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
     separators = 1
     second_type = 1
@@ -161,6 +162,7 @@ class BPE(Tokenizer):
     `merges` lists the pairs of tokens to join, most urgent first.
     """
 
+    classes = ("RobertaTokenizer",)
     specials = ("<s>", "</s>", "<pad>", "<unk>", "<mask>")
     separators = 2
     second_type = 0
@@ -248,14 +250,17 @@ def load_tokenizer(folder):
     vocab_txt = os.path.join(folder, "vocab.txt")
     vocab_json = os.path.join(folder, "vocab.json")
     merges_txt = os.path.join(folder, "merges.txt")
-    refuse_more_tokens(folder, WordPiece.specials + BPE.specials)
     if os.path.isfile(vocab_txt):
+        check_kind(folder, WordPiece.classes, WordPiece.specials)
         vocab = read_vocabulary(vocab_txt, WordPiece.specials)
         strip_accents = options.get("strip_accents")
         split_cjk = options.get("tokenize_chinese_chars", True)
         return WordPiece(vocab, options.get("do_lower_case", True), strip_accents, split_cjk)
     if os.path.isfile(vocab_json) and os.path.isfile(merges_txt):
+        check_kind(folder, BPE.classes, BPE.specials)
         vocab = read_vocabulary(vocab_json, BPE.specials)
+        if any(token.endswith("</w>") for token in vocab):  # ends of words, as HerBERT marks them
+            raise InputError(f"{folder}: BPE of letters is not supported: RoBERTa's, of bytes, is")
         merges = read_merges(merges_txt, vocab)
         return BPE(vocab, merges, options.get("add_prefix_space", False))
     raise InputError(f"{folder}: neither vocab.txt nor vocab.json with merges.txt is in it")

@@ -19,6 +19,8 @@ def read_vocabulary(path, specials):
         vocab = {}
         for number, line in enumerate(read_text(path).removesuffix("\n").split("\n")):
             token = line.rstrip("\r")
+            if token == "":  # no token, as at the end of some files
+                continue
             if vocab.setdefault(token, number) != number:
                 raise InputError(f"{path}, line {number + 1}: {token!r} for the second time")
     missing = [token for token in specials if token not in vocab]
@@ -65,22 +67,47 @@ def read_options(path):
     return options
 
 
-def refuse_more_tokens(folder, specials):
-    """Raise InputError if a tokenizer was given tokens beside its vocabulary and `specials`."""
-    added = []
-    for name in ("tokenizer_config.json", "added_tokens.json"):
-        path = os.path.join(folder, name)
+# What a tokenizer's folder may say about it, beside its vocabulary.
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
+
+
+def check_kind(folder, classes, specials):
+    """Raise InputError if a tokenizer is none of these classes, or has tokens beside `specials`.
+
+    Without a class in its files it is taken for one of them.
+    """
+    tokens = set()
+    named = None
+    for file in TOKENIZER_FILES:
+        path = os.path.join(folder, file)
         given = read_json(path) if os.path.isfile(path) else {}
-        if name == "added_tokens.json":
-            added += given
+        named = named or given.get("tokenizer_class")
+        if file == "config.json":
             continue
-        if given.get("tokenizer_class") == "BertJapaneseTokenizer":
-            raise InputError(f"{path}: BertJapaneseTokenizer is not supported")
         try:
-            added += [entry["content"] for entry in given.get("added_tokens_decoder", {}).values()]
-            added += given.get("additional_special_tokens") or []
+            tokens.update(given if file == "added_tokens.json" else named_tokens(given))
         except (AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{path}: tokens of an unknown form: {error!r}") from None
-    more = sorted(set(map(str, added)) - set(specials))
+    if named and str(named).removesuffix("Fast") not in classes:
+        raise InputError(f"{folder}: tokenizer {named} is not supported: {' or '.join(classes)} is")
+    more = sorted(tokens - set(specials))
     if more:
         raise InputError(f"{folder}: tokens that were added are not supported: {', '.join(more)}")
+
+
+def named_tokens(given):
+    """Return the tokens that a file of a tokenizer names, such as "[CLS]" or one that was added."""
+    entries = [*given.get("added_tokens", []), *given.get("added_tokens_decoder", {}).values()]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = given.get(name) or []
+        entries += more.values() if isinstance(more, dict) else more
+    for name, value in given.items():
+        if name.endswith("_token") and isinstance(value, str | dict):
+            entries.append(value)
+    return [entry["content"] if isinstance(entry, dict) else str(entry) for entry in entries]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import train
-from extras import evaluate, predict
+from extras import evaluate, predict, setup
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,32 @@ def test_evaluate_takes_the_examples_that_the_run_held_out(tmp_path):
     flags += ["--head-warmup", "8", "--precision", "float32"]
     assert train.main(flags) == 0
     assert evaluate.evaluate_run(folder) == json.load(open(folder + "/result.json"))["dev"]
+
+
+def test_evaluate_keeps_to_the_held_out_part_of_a_task_that_has_moved(tmp_path, monkeypatch):
+    rows = [f"text {i}\t{i % 2}" for i in range(60)]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    (tmp_path / "mine" / "dev.tsv").write_text("text\tlabel\nelse\t0\n")
+    folder = str(tmp_path / "a")
+    monkeypatch.setattr(setup, "check_flags", lambda args: None)  # a task without a checkpoint
+    flags = ["--method", "head", "--task", str(tmp_path / "mine"), "--holdout", "0.25"]
+    assert train.main([*flags, "--max-steps", "1", "--out", folder]) == 0
+    (tmp_path / "there").mkdir()
+    (tmp_path / "mine").rename(tmp_path / "there" / "mine")
+    expected = json.load(open(folder + "/result.json"))["dev"]
+    assert evaluate.evaluate_run(folder, str(tmp_path / "there" / "mine")) == expected
+    (tmp_path / "there" / "mine").rename(tmp_path / "other")
+    dev = evaluate.evaluate_run(folder, str(tmp_path / "other"))
+    assert len(dev["right"]) < len(expected["right"])
+
+
+def test_what_the_terminal_cannot_show_is_written_as_an_escape(run, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(predict, "predict", lambda model, examples: [("naïve", 0.5)])
+    assert predict.main([run, "a", "b"]) == 0
+    assert out.buffer.getvalue() == b"label na\\xefve | probability 0.5000\n"
 
 
 def test_evaluate_gives_the_metric_of_the_run_also_for_another_task(tmp_path):

@@ -190,6 +190,35 @@ def test_a_run_is_not_put_on_other_weights(tmp_path):
         train.load_run(str(tmp_path / "a"))
 
 
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("config.json", {"hidden_act": "relu"}),
+        ("tokenizer_config.json", {"do_lower_case": False}),
+    ],
+)
+def test_a_run_is_not_put_on_another_architecture_or_tokenizer(tmp_path, capsys, file, change):
+    copy_builtin(tmp_path / "model")
+    flags = ["--method", "head", "--max-steps", "1", "--model", str(tmp_path / "model")]
+    assert run(*flags, out=tmp_path / "a") == 0
+    path = tmp_path / "model" / file
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(before | change))
+    with pytest.raises(InputError, match="another config or tokenizer than when"):
+        train.load_run(tmp_path / "a")
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_start(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run("--method", "head", out=tmp_path) == 130
+    (tmp_path / "state.pt.123.unfinished").write_text("half")
+    (tmp_path / "mine.unfinished").write_text("not of the run")
+    assert train.main(["--resume", str(tmp_path)]) == 0
+    unfinished = [name for name in os.listdir(tmp_path) if name.endswith(".unfinished")]
+    assert unfinished == ["mine.unfinished"]
+
+
 def test_ever_trained_counts_the_highest_rank_that_every_module_had():
     adapters = inject(Encoder(SMALL), ["q", "v"], [], 4, 8.0)
     search = heterolora.HeteroLoRA(None, adapters, 600, None)

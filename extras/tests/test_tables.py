@@ -37,6 +37,23 @@ def test_one_text_is_called_sentence_or_text(tmp_path, name):
     assert task.train == [('say "hi"', None, 1), ("two", None, 0)] == task.dev
 
 
+def test_dev_is_read_from_the_columns_that_were_trained_on(tmp_path):
+    dev = ["label\tsentence\ttext", "b\tsummary\twhole"]
+    task = data.load_task(write(tmp_path, ["text\tlabel", "one\ta", "two\tb"], dev))
+    assert task.dev == [("whole", None, 1)]
+
+
+def test_a_folder_of_your_own_with_the_name_of_a_task_is_not_mixed_up_with_it(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "mrpc").mkdir()
+    write(tmp_path / "mrpc", PAIRS, PAIRS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="say ./mrpc"):
+        data.load_task("mrpc")
+    assert data.load_task("./mrpc").labels == ("no", "yes")
+
+
 def test_without_dev_a_tenth_is_held_out_and_said(tmp_path):
     lines = ["text\tlabel"] + [f"text {i}\t{i % 3}" for i in range(200)]
     with pytest.warns(UserWarning, match="no dev.tsv: a tenth"):
@@ -49,6 +66,7 @@ def test_without_dev_a_tenth_is_held_out_and_said(tmp_path):
     [
         (["text\tclass", "a\tb"], None, "train.tsv, line 1: want one column 'label'"),
         (["text\tlabel\tlabel", "a\tb\tc"], None, "train.tsv, line 1: want one column 'label'"),
+        (["text\ttext\tlabel", "a\tb\tc"], None, "line 1: want columns"),
         (["words\tlabel", "a\tb"], None, "line 1: want columns .*sentence1.* or .*text.*words"),
         (["text\tlabel", "a\tb", "c"], None, "train.tsv, line 3: 1 columns instead of 2"),
         (["text\tlabel", "a\tb", " \tb"], None, "train.tsv, line 3: an empty text"),

@@ -290,6 +290,26 @@ ROBERTA_VOCAB = numbered(ROBERTA_SPECIALS)
             },
             "BertJapaneseTokenizer is not supported",
         ),
+        (
+            {"vocab.txt": BERT_VOCAB, "config.json": {"tokenizer_class": "BertJapaneseTokenizer"}},
+            "BertJapaneseTokenizer is not supported",
+        ),
+        (
+            {"vocab.txt": BERT_VOCAB, "special_tokens_map.json": {"sep_token": {"content": "[E]"}}},
+            "tokens that were added are not supported: [E]",
+        ),
+        (
+            {"vocab.txt": BERT_VOCAB, "tokenizer.json": {"added_tokens": [{"content": "<s>"}]}},
+            "tokens that were added are not supported: <s>",
+        ),
+        (
+            {"vocab.txt": BERT_VOCAB, "tokenizer_config.json": {"extra_special_tokens": ["[E]"]}},
+            "tokens that were added are not supported: [E]",
+        ),
+        (
+            {"vocab.json": ROBERTA_VOCAB | {"the</w>": 7}, "merges.txt": ""},
+            "BPE of letters is not supported",
+        ),
         ({"vocab.txt": b"\xff"}, "vocab.txt"),
         ({"vocab.json": "[]", "merges.txt": ""}, "vocab.json"),
         ({"vocab.json": ROBERTA_VOCAB, "merges.txt": "#version\na b c\n"}, "'a b c' is not a pair"),
@@ -324,6 +344,12 @@ def test_files_are_read_with_their_options(tmp_path):
     tokenizer = tokenizers.load_tokenizer(tmp_path)
     assert tokens(tokenizer, "The the") == ["The", "the"]
     assert (tokenizer.strip_accents, tokenizer.split_cjk) == (True, False)
+
+    names = {"tokenizer_class": "BertTokenizerFast", "sep_token": "[SEP]", "bos_token": None}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    (tmp_path / "vocab.txt").write_text(BERT_VOCAB + "the\n\n")  # a blank line is no token
+    assert max(tokenizers.load_tokenizer(tmp_path).vocab.values()) == 5
+    (tmp_path / "special_tokens_map.json").unlink()
 
     config.write_text('{"do_lower_case": null, "tokenize_chinese_chars": null}')
     tokenizer = tokenizers.load_tokenizer(tmp_path)

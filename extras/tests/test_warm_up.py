@@ -33,6 +33,18 @@ def test_the_warm_up_trains_what_it_should_and_is_undone(flags, repeat):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_new_head_of_another_device_is_drawn_on_the_cpu():
+    args = train.parse_args(["--method", "head", "--train-limit", "64"])
+    _, _, model, _ = train.prepare(args)
+    model.draw_head(torch.Generator().manual_seed(0))
+    expected = model.head[0].weight.clone()
+    model.head.to(torch.float64)  # where a draw of its own would give other numbers
+    model.draw_head(torch.Generator().manual_seed(0))
+    assert torch.equal(model.head[0].weight, expected.double())
+    model.head.to("meta")
+    model.draw_head(torch.Generator().manual_seed(0))
+
+
 def test_without_a_warm_up_nothing_changes():
     args = train.parse_args(["--head-warmup", "0", "--train-limit", "64"])
     task, tokenizer, model, adapters = train.prepare(args)
