@@ -212,7 +212,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="extras.confirm", description=about)
     parser.add_argument("file", help="FILE.jsonl or FILE.jsonl.gz")
     parser.add_argument("--lr", type=float, help="take the runs at this rate, and judge nothing")
-    parser.add_argument("--budget", default=BUDGET, help="the same: parameters (3072)")
+    parser.add_argument(
+        "--budget", default=BUDGET, help="parameters (3072); at others, judge nothing"
+    )
     parser.add_argument("--svg", metavar="PICTURE", help="draw the differences to LoRA on q and v")
     args = parser.parse_args(argv)
     try:

@@ -7,6 +7,7 @@ with a held-out part is evaluated on that, also where its task has moved.
 import argparse
 import os
 import sys
+import warnings
 
 import data
 import train
@@ -49,6 +50,7 @@ def main(argv=None):
     parser.add_argument("--data-dir")
     parser.add_argument("--model", help="the checkpoint, if it has moved")
     args = parser.parse_args(argv)
+    warnings.formatwarning = lambda message, *_: f"evaluate: warning: {message}\n"
     try:
         values = evaluate_run(args.run, args.task, args.data_dir, args.model)
     except (InputError, FloatingPointError, OSError) as error:

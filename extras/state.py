@@ -60,7 +60,7 @@ def check_checkpoint(config, model, name, folder):
     """Raise InputError if a model's checkpoint is not that of a run's config.json."""
     if config["checkpoint"] != model.checkpoint:
         raise InputError(f"{name} has other weights than when {folder} began")
-    if config.get("form", model.form) != model.form:  # runs of version 0.1 lack it
+    if config.get("form", model.form) != model.form:  # older runs lack it
         raise InputError(f"{name} has another config or tokenizer than when {folder} began")
 
 
