@@ -241,7 +241,8 @@ def recording(model, measure, sums):
             y = y.detach().requires_grad_()
         y = y.clone()  # d is to be of y alone, and who comes next may change y in place
 
-        def keep(d):  # runs in the backward pass, with d = dL/dy
+        def keep(d):
+            """Add what x and d = dL/dy (..., d_out) give to the sums, in the backward pass."""
             if x._version != version:
                 raise RuntimeError("the input of an adapted module was changed in place: no score")
             values = measure(module.adapter, x, d)

@@ -68,7 +68,7 @@ def read_options(path):
 
 
 # What a tokenizer's folder may say about it, beside its vocabulary.
-TOKENIZER_FILES = (
+SETTINGS_FILES = (
     "tokenizer_config.json",
     "config.json",
     "special_tokens_map.json",
@@ -84,7 +84,7 @@ def check_kind(folder, classes, specials):
     """
     tokens = set()
     named = None
-    for file in TOKENIZER_FILES:
+    for file in SETTINGS_FILES:
         path = os.path.join(folder, file)
         given = read_json(path) if os.path.isfile(path) else {}
         named = named or given.get("tokenizer_class")
