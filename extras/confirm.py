@@ -6,7 +6,7 @@
 
 Each row of a task has the learning rate that was best on held-out training examples, at 3,072
 parameters. With --lr, all rows have that one, and the paper's searches are there too if they were
-run. With --budget, the tasks are those that were run with it. With either nothing is judged.
+run. With another --budget, the tasks are those that were run with it. Both judge nothing.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NEEDED = 3  # tasks on which a rule must beat both baselines
 # What is the same in all runs of a task.
 SAME = ("processor", "checkpoint", "data_checksum", "epochs", "train_limit", "batch_size")
 
-# The flags that tell a row's runs from the others of the protocol. None has --init gradient.
+# The flags that tell a row's runs from the others of the protocol.
 COMMON = {"shortcuts": "none", "precision": "bfloat16"}
 LORA = COMMON | {"method": "lora", "allocator": "middle-layers"}
 STATIC = COMMON | {"method": "static", "targets": "q,k,v,o", "rank": "1", "alpha": "2"}
@@ -44,14 +44,14 @@ PAPER = {
     "paper, static": STATIC | {"proxy": "grad-norm", "allocator": "greedy"},
     "paper, dynamic": STATIC | {"method": "dynamic", "proxy": "grad-norm", "allocator": "greedy"},
 }
-JUDGED = BASELINES | ON_V | RULES
-ROWS = JUDGED | PAPER
+FIRST_PART = BASELINES | ON_V | RULES
+ROWS = FIRST_PART | PAPER
 
 
 def is_of(run, name, budget=BUDGET):
     """Return whether a run belongs to a row at a budget."""
     flags = ROWS[name] | {"budget": budget}
-    return flags.items() <= run.flags.items() and "init" not in run.flags
+    return flags.items() <= run.flags.items() and "init" not in run.flags  # no row has --init
 
 
 def is_at(run, lr):
@@ -91,8 +91,8 @@ def row_of(runs, name, lr=None, budget=BUDGET):
     lr: the rate to take; the chosen one if it is None. Raises InputError if a run is missing, was
     made twice or failed.
     """
-    held_out = [run for run in runs if is_of(run, name) and run.flags["holdout"] == "0.2"]
-    if lr is None:
+    if lr is None:  # chosen at BUDGET, whatever the budget
+        held_out = [run for run in runs if is_of(run, name) and run.flags["holdout"] == "0.2"]
         lr = chosen_lr(held_out, name)
     on_dev = []
     for run in runs:
@@ -122,7 +122,9 @@ def tasks_of(runs, budget):
     """
     if budget == BUDGET:
         return list(TASKS)
-    there = {run.flags["task"] for run in runs if any(is_of(run, name, budget) for name in JUDGED)}
+    there = {
+        run.flags["task"] for run in runs if any(is_of(run, name, budget) for name in FIRST_PART)
+    }
     if not there:
         raise InputError(f"no run of the protocol has --budget {budget}")
     return [task for task in TASKS if task in there]
@@ -200,7 +202,7 @@ def answer(families):
         if len(both) < NEEDED:
             line += f": NO, {NEEDED} are needed."
         elif len(on_v) < NEEDED:
-            line += f": YES, but no better than LoRA on v ({len(on_v)} tasks)."
+            line += f": YES, but no better than LoRA on v, which it beats on {len(on_v)}."
         else:
             line += f", and LoRA on v on {len(on_v)}: YES."
         lines.append(line)
@@ -221,8 +223,9 @@ def main(argv=None):
         runs = read_runs(args.file)
         shown = []
         if args.lr is not None:
-            shown = [name for name in PAPER if any(is_of(run, name, args.budget) for run in runs)]
-        rows, rates = rows_of_tasks(runs, [*JUDGED, *shown], args.lr, args.budget)
+            at_lr = [run for run in runs if is_at(run, args.lr)]
+            shown = [name for name in PAPER if any(is_of(run, name, args.budget) for run in at_lr)]
+        rows, rates = rows_of_tasks(runs, [*FIRST_PART, *shown], args.lr, args.budget)
         families = {}
         for other in BASELINES | ON_V:
             families[other] = family_of(rows, [*RULES, *shown], other)

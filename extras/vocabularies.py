@@ -1,4 +1,4 @@
-"""Read the files of a tokenizer: vocab.txt or vocab.json, merges.txt, tokenizer_config.json."""
+"""Read a tokenizer's vocabulary, merges and options, and refuse one of another kind."""
 
 import os
 
@@ -19,7 +19,7 @@ def read_vocabulary(path, specials):
         vocab = {}
         for number, line in enumerate(read_text(path).removesuffix("\n").split("\n")):
             token = line.rstrip("\r")
-            if token == "":  # no token, as at the end of some files
+            if token == "":  # a blank line is no token, but counts as a line
                 continue
             if vocab.setdefault(token, number) != number:
                 raise InputError(f"{path}, line {number + 1}: {token!r} for the second time")
@@ -29,7 +29,9 @@ def read_vocabulary(path, specials):
     owners = {}
     for token, number in vocab.items():
         if type(number) is not int or number < 0 or owners.setdefault(number, token) != token:
-            raise InputError(f"{path}: {token!r} has id {number!r}; ids differ, and count from 0")
+            raise InputError(
+                f"{path}: {token!r} has id {number!r}; want different numbers from 0 on"
+            )
     return vocab
 
 
@@ -80,7 +82,7 @@ SETTINGS_FILES = (
 def check_kind(folder, classes, specials):
     """Raise InputError if a tokenizer is none of these classes, or has tokens beside `specials`.
 
-    Without a class in its files it is taken for one of them.
+    The first file that names a class tells it. If none does, the class is taken for granted.
     """
     tokens = set()
     named = None
@@ -98,7 +100,9 @@ def check_kind(folder, classes, specials):
         raise InputError(f"{folder}: tokenizer {named} is not supported: {' or '.join(classes)} is")
     more = sorted(tokens - set(specials))
     if more:
-        raise InputError(f"{folder}: tokens that were added are not supported: {', '.join(more)}")
+        raise InputError(
+            f"{folder}: tokens beside the usual ones are not supported: {', '.join(more)}"
+        )
 
 
 def named_tokens(given):
@@ -108,6 +112,6 @@ def named_tokens(given):
         more = given.get(name) or []
         entries += more.values() if isinstance(more, dict) else more
     for name, value in given.items():
-        if name.endswith("_token") and isinstance(value, str | dict):
+        if name.endswith("_token") and isinstance(value, str | dict):  # add_bos_token is a bool
             entries.append(value)
     return [entry["content"] if isinstance(entry, dict) else str(entry) for entry in entries]

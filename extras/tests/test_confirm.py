@@ -98,7 +98,9 @@ def test_a_rule_that_passes_is_compared_with_lora_on_v(tuning, judge):
         tuning + on_dev(rule)
     )
     on_v = {("TREC", "LoRA on v"): 0.03}
-    assert "YES, but no better than LoRA on v (2 tasks)" in judge(tuning + on_dev(rule | on_v))
+    assert "YES, but no better than LoRA on v, which it beats on 2." in judge(
+        tuning + on_dev(rule | on_v)
+    )
 
 
 def test_a_rule_that_is_worse_beats_nothing_however_small_p_is(tuning, judge):

@@ -274,14 +274,14 @@ ROBERTA_VOCAB = numbered(ROBERTA_SPECIALS)
         ({"vocab.txt": BERT_VOCAB, "tokenizer_config.json": "{"}, "tokenizer_config.json"),
         (
             {"vocab.txt": BERT_VOCAB, "added_tokens.json": '{"[E1]": 9}'},
-            "added are not supported: [E1]",
+            "usual ones are not supported: [E1]",
         ),
         (
             {
                 "vocab.txt": BERT_VOCAB,
                 "tokenizer_config.json": '{"added_tokens_decoder": {"9": {"content": "[E1]"}}}',
             },
-            "tokens that were added are not supported: [E1]",
+            "tokens beside the usual ones are not supported: [E1]",
         ),
         (
             {
@@ -296,15 +296,15 @@ ROBERTA_VOCAB = numbered(ROBERTA_SPECIALS)
         ),
         (
             {"vocab.txt": BERT_VOCAB, "special_tokens_map.json": {"sep_token": {"content": "[E]"}}},
-            "tokens that were added are not supported: [E]",
+            "tokens beside the usual ones are not supported: [E]",
         ),
         (
             {"vocab.txt": BERT_VOCAB, "tokenizer.json": {"added_tokens": [{"content": "<s>"}]}},
-            "tokens that were added are not supported: <s>",
+            "tokens beside the usual ones are not supported: <s>",
         ),
         (
             {"vocab.txt": BERT_VOCAB, "tokenizer_config.json": {"extra_special_tokens": ["[E]"]}},
-            "tokens that were added are not supported: [E]",
+            "tokens beside the usual ones are not supported: [E]",
         ),
         (
             {"vocab.json": ROBERTA_VOCAB | {"the</w>": 7}, "merges.txt": ""},
