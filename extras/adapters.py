@@ -21,7 +21,10 @@ from heterolora import ADAPTERS, cost, inject
 
 
 class Adapter(nn.Module):
-    """What all kinds have: widths, ranks and the scale. Raises ValueError for a bad rank."""
+    """dW = scale * B' A', where a kind says in `factors` what B' and A' are for so many ranks.
+
+    Raises ValueError for a bad rank.
+    """
 
     def __init__(self, d_in, d_out, rank, alpha):
         super().__init__()
@@ -34,10 +37,12 @@ class Adapter(nn.Module):
         self.scale = alpha / rank
 
     def attach(self, name, host, adapters):
-        """Read the host's weight, or share parameters of `adapters` injected so far.
+        """Read the host's weight, or share parameters of `adapters`; most kinds do neither."""
 
-        Most kinds do neither.
-        """
+    def forward(self, x, rank=None):
+        """x (..., d_in) -> dW x (..., d_out)"""
+        A, B = self.factors(self.rank if rank is None else rank)  # (r, d_in), (d_out, r)
+        return F.linear(F.linear(x, A.to(x.dtype)) * self.scale, B.to(x.dtype))
 
 
 def uniform(rows, columns, bound, generator):
@@ -93,15 +98,8 @@ class TiedLoRA(Adapter):
         blocks["B"] = (self.B, (every, first))
         return [block for name, block in blocks.items() if name in self.trained]
 
-    def forward(self, x, rank=None):
-        """x (..., d_in) -> dW x (..., d_out)"""
-        rank = self.rank if rank is None else rank
-        A = self.A[:rank].to(x.dtype)
-        B = self.B[:, :rank].to(x.dtype)
-        u = self.u[:rank].to(x.dtype)
-        v = self.v.to(x.dtype)
-        z = F.linear(x, A) * u  # (..., r)
-        return F.linear(z * self.scale, B) * v
+    def factors(self, rank):
+        return self.u[:rank, None] * self.A[:rank], self.v[:, None] * self.B[:, :rank]
 
 
 class PRoLoRA(Adapter):
@@ -143,14 +141,11 @@ class PRoLoRA(Adapter):
         rotated = [torch.roll(chunk, -k * stride, rank_axis) for k in range(self.chunks)]
         return torch.cat(rotated, 1 - rank_axis).narrow(1 - rank_axis, 0, width)
 
-    def forward(self, x, rank=None):
-        """x (..., d_in) -> dW x (..., d_out)"""
-        rank = self.rank if rank is None else rank
+    def factors(self, rank):
         own_A, own_B, chunk_A, chunk_B = [part[slices] for part, slices in self.active(rank)]
-        A = torch.cat([own_A, self.unroll(chunk_A, self.d_in, 0)])  # (r, d_in)
-        B = torch.cat([own_B, self.unroll(chunk_B, self.d_out, 1)], 1)  # (d_out, r)
-        z = F.linear(x, A.to(x.dtype))  # (..., r)
-        return F.linear(z * self.scale, B.to(x.dtype))
+        A = torch.cat([own_A, self.unroll(chunk_A, self.d_in, 0)])
+        B = torch.cat([own_B, self.unroll(chunk_B, self.d_out, 1)], 1)
+        return A, B
 
 
 class LoRAXS(Adapter):
@@ -182,14 +177,8 @@ class LoRAXS(Adapter):
         """Return [(R, slices)]."""
         return [(self.R, (slice(rank), slice(rank)))]
 
-    def forward(self, x, rank=None):
-        """x (..., d_in) -> dW x (..., d_out)"""
-        rank = self.rank if rank is None else rank
-        A = self.A[:rank].to(x.dtype)
-        B = self.B[:, :rank].to(x.dtype)
-        R = self.R[:rank, :rank].to(x.dtype)
-        z = F.linear(F.linear(x, A), R)  # (..., r)
-        return F.linear(z * self.scale, B)
+    def factors(self, rank):
+        return self.R[:rank, :rank] @ self.A[:rank], self.B[:, :rank]
 
 
 class SVDLoRA(Adapter):
@@ -210,14 +199,8 @@ class SVDLoRA(Adapter):
         every = slice(None)
         return [(self.A, (first, every)), (self.B, (every, first)), (self.E, (first,))]
 
-    def forward(self, x, rank=None):
-        """x (..., d_in) -> dW x (..., d_out)"""
-        rank = self.rank if rank is None else rank
-        A = self.A[:rank].to(x.dtype)
-        B = self.B[:, :rank].to(x.dtype)
-        E = self.E[:rank].to(x.dtype)
-        z = F.linear(x, A) * E  # (..., r)
-        return F.linear(z * self.scale, B)
+    def factors(self, rank):
+        return self.E[:rank, None] * self.A[:rank], self.B[:, :rank]
 
 
 ADAPTERS["tied"] = TiedLoRA

@@ -6,7 +6,8 @@ from operator import itemgetter
 
 import torch
 
-from heterolora import ALLOCATORS, SHORTCUTS, allocator, cost, greedy, rank_costs
+from extras.show import costs_once
+from heterolora import ALLOCATORS, SHORTCUTS, allocator, greedy
 
 
 def price_of(costs, ranks):
@@ -173,13 +174,8 @@ def greedy_separated(scores, costs, budget, generator):
 
     What rounding or prices leave over goes to the best of what is still off, of either sort.
     """
-    shortcuts = {}  # name -> score
-    others = {}
-    for name, score in scores.items():
-        if is_shortcut(name):
-            shortcuts[name] = score
-        else:
-            others[name] = score
+    others = {name: score for name, score in scores.items() if not is_shortcut(name)}
+    shortcuts = {name: score for name, score in scores.items() if is_shortcut(name)}
     search_space = sum(map(sum, costs.values()))
     ranks = {}
     for pool in (others, shortcuts):
@@ -194,19 +190,11 @@ def greedy_separated(scores, costs, budget, generator):
 
 def plain_lora(adapters, allocator, budget):
     """Return the ranks of the baseline: the same everywhere, or by layers. Shortcuts stay off."""
-    linears = dict(adapters)
-    for name in adapters:
-        if is_shortcut(name):
-            del linears[name]
-    if allocator.endswith("-layers"):
-        return ALLOCATORS[allocator]({}, rank_costs(linears), budget, None)
-    most = max((adapter.max_rank for adapter in linears.values()), default=0)
-    for rank in range(most, 0, -1):
-        ranks = dict.fromkeys(linears, rank)
-        if cost(linears, ranks) <= budget:
-            return ranks
-    advice = "raise --budget, or let --allocator middle-layers choose some layers"
-    warnings.warn(
-        f"{budget:,} parameters are less than one rank everywhere: {advice}", stacklevel=2
-    )
-    return {}
+    linears = {name: adapter for name, adapter in adapters.items() if not is_shortcut(name)}
+    rule = ALLOCATORS["uniform" if allocator == "greedy" else allocator]
+    ranks = rule({}, costs_once(linears), budget, None)
+    if not any(ranks.values()):
+        advice = "raise --budget, or let --allocator middle-layers choose some layers"
+        reason = f"{budget:,} parameters are less than one rank everywhere"
+        warnings.warn(f"{reason}: {advice}", stacklevel=2)
+    return ranks
