@@ -7,7 +7,6 @@ with a quarter of the modules on; and that while the search records its steps.
 import argparse
 import contextlib
 import copy
-import sys
 import time
 
 import torch
@@ -17,7 +16,7 @@ import heterolora
 import train
 from data import InputError
 from extras.fast_cpu import accelerate, processor_name
-from extras.flags import number
+from extras.flags import command, number
 
 UNCOUNTED = 3  # first steps of every way: memory and code for new shapes are made then
 
@@ -96,20 +95,15 @@ def benchmark(args, steps):
     print(f"search        | {extra / (interval * step):.1%} of the time that training takes")
 
 
+@command
 def main(argv=None):
-    """Run the command line -> exit status"""
     parser = argparse.ArgumentParser(
         prog="extras.benchmark", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--steps", type=number(int, 0), default=40, help="to measure (40)")
     ours, flags = parser.parse_known_args(argv)
-    try:
-        benchmark(train.parse_args(flags), ours.steps)
-    except InputError as error:
-        print(f"benchmark: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    benchmark(train.parse_args(flags), ours.steps)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

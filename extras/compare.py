@@ -29,7 +29,7 @@ import train
 from data import InputError
 from extras.evidence import gain_cell, level, mean_and_sd
 from extras.fast_cpu import processor_name
-from extras.flags import number
+from extras.flags import command, number
 from extras.results import WRONG_FORM, best_lr, gain_over, records, run_of
 from extras.show import jaccard
 from heterolora import ALLOCATORS, PROXIES
@@ -235,6 +235,7 @@ def table(contenders, results):
     return "\n".join(lines)
 
 
+@command
 def main(argv=None):
     rest = "Contenders come first. All other flags are those of train.py, for every contender."
     parser = argparse.ArgumentParser(prog="extras.compare", allow_abbrev=False, epilog=rest,
@@ -252,8 +253,6 @@ def main(argv=None):
     args.lr = list(dict.fromkeys(args.lr))
     try:
         print(compare(args, rest))
-    except (InputError, OSError) as error:
-        parser.error(str(error))
     except KeyboardInterrupt:
         print(f"stopped; what ended is in {args.results}, and is not done again", file=sys.stderr)
         sys.exit(130)

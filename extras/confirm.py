@@ -15,12 +15,13 @@ from data import InputError
 from extras import forest
 from extras.evidence import details, gain_cell, mean_and_sd, p_by_holm
 from extras.files import write
+from extras.flags import command
 from extras.results import best_lr, gain_over, read_runs
 
 TASKS = ("TREC", "SUBJ", "SICK", "mrpc", "sst2")
 SEEDS = ["200", "201", "202", "203", "204", "205", "206", "207"]
 TUNING_SEEDS = SEEDS[:3]
-RATES = (0.001, 0.003, 0.01)
+RATES = ("0.001", "0.003", "0.01")
 BUDGET = "3072"
 NEEDED = 3  # tasks on which a rule must beat both baselines
 
@@ -48,15 +49,10 @@ FIRST_PART = BASELINES | ON_V | RULES
 ROWS = FIRST_PART | PAPER
 
 
-def is_of(run, name, budget=BUDGET):
-    """Return whether a run belongs to a row at a budget."""
-    flags = ROWS[name] | {"budget": budget}
-    return flags.items() <= run.flags.items() and "init" not in run.flags  # no row has --init
-
-
-def is_at(run, lr):
-    """Return whether a run has this learning rate."""
-    return float(run.flags.get("lr", "nan")) == lr
+def runs_of(runs, name, **flags):
+    """Return the runs of a row that have these flags too. No row has --init."""
+    wanted = (ROWS[name] | flags).items()
+    return [run for run in runs if wanted <= run.flags.items() and "init" not in run.flags]
 
 
 def by_seed(runs, seeds, what):
@@ -68,41 +64,37 @@ def by_seed(runs, seeds, what):
     return {run.seed: run for run in runs}
 
 
-def chosen_lr(runs, name):
-    """Return the learning rate with the best mean accuracy on held-out examples.
+def chosen_lr(runs, name, task):
+    """Return the learning rate with the best mean accuracy on held-out examples, at BUDGET.
 
     The smallest of equals. A rate at which a run failed is out. Raises InputError if a run is
     missing, or if every rate is out.
     """
     scores = {}
     for lr in RATES:
-        at_lr = [run for run in runs if is_at(run, lr)]
-        row = by_seed(at_lr, TUNING_SEEDS, f"{name}, held out, learning rate {lr:g}")
+        held_out = runs_of(runs, name, task=task, budget=BUDGET, holdout="0.2", lr=lr)
+        row = by_seed(held_out, TUNING_SEEDS, f"{task}: {name}, held out, learning rate {lr}")
         scores[lr] = [run.score for run in row.values()]
     best = best_lr(scores)
     if best is None:
-        raise InputError(f"{name}, held out: a run failed at every learning rate")
+        raise InputError(f"{task}: {name}, held out: a run failed at every learning rate")
     return best
 
 
-def row_of(runs, name, lr=None, budget=BUDGET):
-    """Return ({seed: run}, learning rate) of a row, from the runs of one task.
+def row_of(runs, name, task, lr, budget):
+    """Return {seed: run} of a row; lr None: at its chosen rate.
 
-    lr: the rate to take; the chosen one if it is None. Raises InputError if a run is missing, was
-    made twice or failed.
+    Raises InputError if a run is missing, was made twice or failed.
     """
-    if lr is None:  # chosen at BUDGET, whatever the budget
-        held_out = [run for run in runs if is_of(run, name) and run.flags["holdout"] == "0.2"]
-        lr = chosen_lr(held_out, name)
-    on_dev = []
-    for run in runs:
-        if is_of(run, name, budget) and run.flags["holdout"] == "0" and is_at(run, lr):
-            on_dev.append(run)
-    row = by_seed(on_dev, SEEDS, f"{name}, learning rate {lr:g}")
+    lr = lr or chosen_lr(runs, name, task)
+    on_dev = runs_of(runs, name, task=task, budget=budget, holdout="0", lr=lr)
+    row = by_seed(on_dev, SEEDS, f"{task}: {name}, learning rate {lr}")
     for run in row.values():
         if run.score is None:
-            raise InputError(f"{name} seed {run.seed} failed: PROTOCOL.md says how it counts")
-    return row, lr
+            raise InputError(
+                f"{task}: {name} seed {run.seed} failed: PROTOCOL.md says how it counts"
+            )
+    return row
 
 
 def check_same(runs, task):
@@ -115,48 +107,28 @@ def check_same(runs, task):
             )
 
 
-def tasks_of(runs, budget):
-    """Return the tasks to show: all; at another budget than BUDGET those that have runs there.
-
-    Raises InputError if there are none.
-    """
-    if budget == BUDGET:
-        return list(TASKS)
-    there = {
-        run.flags["task"] for run in runs if any(is_of(run, name, budget) for name in FIRST_PART)
-    }
-    if not there:
-        raise InputError(f"no run of the protocol has --budget {budget}")
-    return [task for task in TASKS if task in there]
-
-
 def rows_of_tasks(runs, names, lr=None, budget=BUDGET):
-    """Return ({task: {name: row}}, {task: {name: learning rate}}). Raises InputError."""
-    rows, rates = {}, {}
-    for task in tasks_of(runs, budget):
-        of_task = []
-        for run in runs:
-            is_in_row = any(is_of(run, name) or is_of(run, name, budget) for name in names)
-            if run.flags["task"] == task and is_in_row:
-                of_task.append(run)
-        check_same(of_task, task)
-        rows[task], rates[task] = {}, {}
-        for name in names:
-            try:
-                rows[task][name], rates[task][name] = row_of(of_task, name, lr, budget)
-            except InputError as error:
-                raise InputError(f"{task}: {error}") from None
-    return rows, rates
+    """Return {task: {name: row}}; at another budget of the tasks that were run there. InputError"""
+    rows = {}
+    for task in TASKS:
+        at_budget = [run for name in names for run in runs_of(runs, name, task=task, budget=budget)]
+        if at_budget or budget == BUDGET:
+            tuned = [run for name in names for run in runs_of(runs, name, task=task, budget=BUDGET)]
+            check_same(at_budget + tuned, task)
+            rows[task] = {name: row_of(runs, name, task, lr, budget) for name in names}
+    if not rows:
+        raise InputError(f"no run of the protocol has --budget {budget}")
+    return rows
 
 
-def table_of_means(rows, rates):
+def table_of_means(rows):
     """Return a Markdown table: the accuracy of each row on each task, and its learning rate."""
     lines = [f"| | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
     for name in next(iter(rows.values())):
         cells = []
-        for task in rows:
-            scores = [run.score for run in rows[task][name].values()]
-            cells.append(f"{mean_and_sd(scores)} ({rates[task][name]:g})")
+        for of_task in rows.values():
+            runs = list(of_task[name].values())
+            cells.append(f"{mean_and_sd([run.score for run in runs])} ({runs[0].flags['lr']})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -209,6 +181,7 @@ def answer(families):
     return "\n".join(lines)
 
 
+@command
 def main(argv=None):
     about = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="extras.confirm", description=about)
@@ -219,30 +192,27 @@ def main(argv=None):
     )
     parser.add_argument("--svg", metavar="PICTURE", help="draw the differences to LoRA on q and v")
     args = parser.parse_args(argv)
-    try:
-        runs = read_runs(args.file)
-        shown = []
-        if args.lr is not None:
-            at_lr = [run for run in runs if is_at(run, args.lr)]
-            shown = [name for name in PAPER if any(is_of(run, name, args.budget) for run in at_lr)]
-        rows, rates = rows_of_tasks(runs, [*FIRST_PART, *shown], args.lr, args.budget)
-        families = {}
-        for other in BASELINES | ON_V:
-            families[other] = family_of(rows, [*RULES, *shown], other)
-        blocks = [table_of_means(rows, rates)]
-        blocks += [table_of_family(family, other) for other, family in families.items()]
-        if args.lr is None and args.budget == BUDGET:
-            blocks.append(answer(families))
-        if args.svg:
-            at = "each row at its chosen learning rate"
-            if args.lr is not None:
-                at = f"all rows at learning rate {args.lr:g}"
-            baseline = "LoRA on q and v"
-            gains = {f"{task}: {rule}": gain for (rule, task), gain in families[baseline].items()}
-            write(args.svg, forest.draw(f"{int(args.budget):,} parameters, {at}", baseline, gains))
-        print("\n\n".join(blocks))
-    except (InputError, OSError) as error:
-        parser.error(str(error))
+    runs = read_runs(args.file)
+    shown = []
+    lr = None if args.lr is None else f"{args.lr:g}"
+    if lr:
+        shown = [name for name in PAPER if runs_of(runs, name, budget=args.budget, lr=lr)]
+    rows = rows_of_tasks(runs, [*FIRST_PART, *shown], lr, args.budget)
+    families = {}
+    for other in BASELINES | ON_V:
+        families[other] = family_of(rows, [*RULES, *shown], other)
+    blocks = [table_of_means(rows)]
+    blocks += [table_of_family(family, other) for other, family in families.items()]
+    if lr is None and args.budget == BUDGET:
+        blocks.append(answer(families))
+    if args.svg:
+        at = "each row at its chosen learning rate"
+        if lr:
+            at = f"all rows at learning rate {lr}"
+        baseline = "LoRA on q and v"
+        gains = {f"{task}: {rule}": gain for (rule, task), gain in families[baseline].items()}
+        write(args.svg, forest.draw(f"{int(args.budget):,} parameters, {at}", baseline, gains))
+    print("\n\n".join(blocks))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import zipfile
 from data import GLUE, InputError, read_text
 from extras.checkpoints import read_pickle, read_safetensors
 from extras.configs import read_config
-from extras.files import cache_path, write
+from extras.files import cache_path, lock, write
 from extras.tables import read_glue
 from extras.tokenizers import BPE, WordPiece
-from extras.transfer import HUB, NotThere, address_of, fetch, keep, lock, unfinished
+from extras.transfer import HUB, NotThere, address_of, fetch, keep, unfinished
 from extras.vocabularies import read_merges, read_options, read_vocabulary
 
 GLUE_SERVER = ("GLUE_ENDPOINT", "https://dl.fbaipublicfiles.com")
@@ -73,7 +73,7 @@ def hub_folder(name):
             return False
         return True
 
-    with lock():
+    with lock(cache_path("lock"), wait=True):
         if not get("config.json"):
             raise InputError(f"{name} is no folder here, and the hub has no config.json for it")
         get("tokenizer_config.json")
@@ -97,7 +97,7 @@ def glue_folder(task):
     paths = [os.path.join(folder, name) for name in names]
     if all(os.path.isfile(path) for path in paths):
         return data_dir
-    with lock():
+    with lock(cache_path("lock"), wait=True):
         try:
             if task == "mrpc":
                 contents = download_mrpc(folder)

@@ -6,8 +6,6 @@ with a held-out part is evaluated on that, also where its task has moved.
 
 import argparse
 import os
-import sys
-import warnings
 
 import data
 import train
@@ -15,6 +13,7 @@ from data import InputError
 from extras import setup
 from extras.devices import round_frozen
 from extras.fast_cpu import accelerate
+from extras.flags import command
 from extras.runs import in_words
 
 
@@ -42,23 +41,17 @@ def evaluate_run(folder, task_name=None, data_dir=None, checkpoint=None):
     return train.evaluate(model, split, task.metric)
 
 
+@command
 def main(argv=None):
-    """Run the command line -> exit status"""
     parser = argparse.ArgumentParser(prog="extras.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("run")
     parser.add_argument("--task")
     parser.add_argument("--data-dir")
     parser.add_argument("--model", help="the checkpoint, if it has moved")
     args = parser.parse_args(argv)
-    warnings.formatwarning = lambda message, *_: f"evaluate: warning: {message}\n"
-    try:
-        values = evaluate_run(args.run, args.task, args.data_dir, args.model)
-    except (InputError, FloatingPointError, OSError) as error:
-        print(f"evaluate: error: {error}", file=sys.stderr)
-        return 2
+    values = evaluate_run(args.run, args.task, args.data_dir, args.model)
     print(f"eval {in_words(values)}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

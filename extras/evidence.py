@@ -12,6 +12,7 @@ import statistics
 from data import InputError
 from extras import forest
 from extras.files import write
+from extras.flags import command
 from extras.intervals import detectable, holm, over_examples, p_value
 from extras.results import gain_over, read_runs, select
 
@@ -169,6 +170,7 @@ def picture(title, rows, baseline):
     return forest.draw(title, baseline, gains)
 
 
+@command
 def main(argv=None):
     about = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="extras.evidence", description=about)
@@ -190,15 +192,12 @@ def main(argv=None):
         budget = args.budget.replace(",", "")
         where = [f"budget={budget}", *where]
         title.insert(1, f"a budget of {budget} parameters")
-    try:
-        runs = choose(read_runs(args.file), args.task, where)
-        rows = lora_first(group(runs))
-        baseline = args.baseline or next(iter(rows))
-        if args.svg:
-            write(args.svg, picture(", ".join(title), rows, baseline))
-        print(table(rows, baseline, args.details))
-    except (InputError, OSError) as error:
-        parser.error(str(error))
+    runs = choose(read_runs(args.file), args.task, where)
+    rows = lora_first(group(runs))
+    baseline = args.baseline or next(iter(rows))
+    if args.svg:
+        write(args.svg, picture(", ".join(title), rows, baseline))
+    print(table(rows, baseline, args.details))
 
 
 if __name__ == "__main__":

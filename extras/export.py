@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 
 import torch
 
@@ -20,6 +19,7 @@ import train
 from data import InputError
 from extras.checkpoints import hf_name, write_checkpoint, write_safetensors
 from extras.files import cache_path, new_folder, read_json, write
+from extras.flags import command
 from extras.plan import exact_patterns
 from heterolora import LoRA, LoRALinear, LoRAShortcut
 
@@ -157,39 +157,34 @@ def check_adapters(classifier, for_peft):
         raise InputError("--peft writes LoRA, and none is on: use --merge")
 
 
+@command
 def main(argv=None):
-    """Run the command -> exit status: 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(prog="extras.export", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="folder of a finished run (--out of train.py)")
     parser.add_argument("--merge", metavar="DIR", help="new folder for an ordinary checkpoint")
     parser.add_argument("--peft", metavar="DIR", help="new folder for a PEFT adapter")
     parser.add_argument("--model", help="the checkpoint, if it has moved")
     args = parser.parse_args(argv)
-    try:
-        folders = [os.path.abspath(folder) for folder in (args.merge, args.peft) if folder]
-        if not folders:
-            raise InputError("give --merge DIR, --peft DIR, or both")
-        if len(folders) > 1:
-            merged, peft = [os.path.join(folder, "") for folder in folders]
-            if merged.startswith(peft) or peft.startswith(merged):
-                raise InputError("give --merge and --peft different folders, none in the other")
-        for folder in folders:
-            if os.path.exists(folder):
-                raise InputError(f"{folder} is there already: give a new folder")
-        classifier = train.load_run(args.run, args.model)
-        check_adapters(classifier, for_peft=args.peft)
-        where = "" if classifier.pooling == "cls" else "; the head is in head.safetensors"
-        if args.merge:
-            save_merged(classifier, args.merge)
-            print(f"{args.merge}: an ordinary checkpoint{where}")
-        if args.peft:
-            save_peft(classifier, args.peft)
-            print(f"{args.peft}: a PEFT adapter{where}")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    folders = [os.path.abspath(folder) for folder in (args.merge, args.peft) if folder]
+    if not folders:
+        raise InputError("give --merge DIR, --peft DIR, or both")
+    if len(folders) > 1:
+        merged, peft = [os.path.join(folder, "") for folder in folders]
+        if merged.startswith(peft) or peft.startswith(merged):
+            raise InputError("give --merge and --peft different folders, none in the other")
+    for folder in folders:
+        if os.path.exists(folder):
+            raise InputError(f"{folder} is there already: give a new folder")
+    classifier = train.load_run(args.run, args.model)
+    check_adapters(classifier, for_peft=args.peft)
+    where = "" if classifier.pooling == "cls" else "; the head is in head.safetensors"
+    if args.merge:
+        save_merged(classifier, args.merge)
+        print(f"{args.merge}: an ordinary checkpoint{where}")
+    if args.peft:
+        save_peft(classifier, args.peft)
+        print(f"{args.peft}: a PEFT adapter{where}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

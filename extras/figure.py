@@ -15,6 +15,7 @@ import statistics
 from data import InputError
 from extras.evidence import choose
 from extras.files import write
+from extras.flags import command
 from extras.forest import LETTER, STEPS, opening, segment, text
 from extras.intervals import mean_and_half_width
 from extras.results import read_runs
@@ -199,6 +200,7 @@ def draw(title, lines):
     return "\n".join([*marks, *bands, *curves, *labels(ends), "</svg>", ""])
 
 
+@command
 def main(argv=None):
     about = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="extras.figure", description=about)
@@ -212,12 +214,9 @@ def main(argv=None):
         help="flags that tell lines apart")  # fmt: skip
     add("--lines", nargs="+", metavar="NAME[=NEW NAME]", help="draw only these, in this order")
     args = parser.parse_args(argv)
-    try:
-        runs = choose_points(read_runs(args.file), args.task, args.where)
-        lines = chosen(lines_of(runs, args.by), args.lines)
-        write(args.svg, draw(args.task, lines))
-    except (InputError, OSError) as error:
-        parser.error(str(error))
+    runs = choose_points(read_runs(args.file), args.task, args.where)
+    lines = chosen(lines_of(runs, args.by), args.lines)
+    write(args.svg, draw(args.task, lines))
 
 
 if __name__ == "__main__":

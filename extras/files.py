@@ -54,23 +54,22 @@ def new_folder(folder):
         os.rename(whole, folder)
 
 
-def lock(path):
-    """Return a file that nobody else can lock while it is open, or None where there are no locks.
+def lock(path, wait=False):
+    """Return an open file that nobody else can lock while it is open, if there are locks.
 
-    Raises InputError if another process has it.
+    Raises InputError if another process has it, unless it is to wait. The lock ends with the
+    process, however it ends.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
     file = open(path, "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         folder = os.path.dirname(path)
         raise InputError(f"{folder}: another process trains this run: wait, or stop it") from None
-    except OSError:  # a file system without locks
-        return None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
     return file
 
 

@@ -1,9 +1,11 @@
-"""What a flag may be: types for argparse, whose errors say what is wanted."""
+"""What a flag may be: types for argparse. How a command says what is wrong with its input."""
 
 import argparse
+import functools
 import math
 import re
 import sys
+import warnings
 
 from data import InputError
 
@@ -55,3 +57,21 @@ def parse_budget(text, most):
         allowed = f"25% or 0.25, or a number up to {most:,} parameters"
         raise InputError(f"budget {text!r}: want {allowed}")
     return budget
+
+
+def command(main):
+    """Make main(argv) say in a line what is wrong with its input, and exit with status 2 then.
+
+    A warning is a line too.
+    """
+
+    @functools.wraps(main)
+    def run(argv=None):
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+        try:
+            main(argv)
+        except (InputError, OSError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return run

@@ -10,7 +10,6 @@ import argparse
 import os
 import random
 import string
-import sys
 import time
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 
 import data
 from extras.checkpoints import save_encoder
+from extras.flags import command
 from extras.language import LEXICON, Language, concepts, participle
 from extras.tokenizers import WordPiece
 from model import Encoder, EncoderConfig
@@ -172,18 +172,13 @@ def make(folder):
     save_encoder(encoder, folder, dtype=torch.float16, texts=texts)
 
 
+@command
 def main(argv=None):
-    """Run the command line -> exit status"""
     parser = argparse.ArgumentParser(prog="extras.make_builtin", description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="a new one")
     args = parser.parse_args(argv)
-    try:
-        make(args.folder)
-    except (data.InputError, OSError) as error:
-        print(f"make_builtin: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    make(args.folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,6 +13,7 @@ import data
 import train
 from data import InputError
 from extras.files import say
+from extras.flags import command
 
 BATCH = 32  # lines that are classified together; one by one where somebody types them
 
@@ -68,31 +69,26 @@ def in_batches(examples, size):
         yield batch
 
 
+@command
 def main(argv=None):
-    """Run the command line -> exit status"""
     parser = argparse.ArgumentParser(prog="extras.predict", description=__doc__.split("\n")[0])
     parser.add_argument("run")
     parser.add_argument("texts", nargs="*", help="one example (default: lines of standard input)")
     parser.add_argument("--model", help="the checkpoint, if it has moved")
     args = parser.parse_args(argv)
-    try:
-        model = train.load_run(args.run, args.model)
-        if args.texts:
-            check(model, args.texts)
-            batches = [[args.texts]]
-        else:
-            if sys.stdin is None:
-                raise InputError("no text is given, and standard input is closed")
-            size = 1 if sys.stdin.isatty() else BATCH
-            batches = in_batches(examples_of(sys.stdin.buffer, model), size)
-        for batch in batches:
-            for label, probability in predict(model, batch):
-                say(f"label {label} | probability {probability:.4f}")
-    except (InputError, OSError) as error:
-        print(f"predict: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    model = train.load_run(args.run, args.model)
+    if args.texts:
+        check(model, args.texts)
+        batches = [[args.texts]]
+    else:
+        if sys.stdin is None:
+            raise InputError("no text is given, and standard input is closed")
+        size = 1 if sys.stdin.isatty() else BATCH
+        batches = in_batches(examples_of(sys.stdin.buffer, model), size)
+    for batch in batches:
+        for label, probability in predict(model, batch):
+            say(f"label {label} | probability {probability:.4f}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,6 +14,7 @@ import os
 
 from data import InputError
 from extras.files import write
+from extras.flags import command
 from extras.forest import text
 from heterolora import SHORTCUTS
 
@@ -215,18 +216,16 @@ def svg_box(box, opacity, words):
     return f'<rect {place} fill-opacity="{opacity:.2f}">{title}</rect>'
 
 
+@command
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="extras.show", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="the folder that train.py --out wrote")
     parser.add_argument("--svg", metavar="FILE", help="draw it too")
     args = parser.parse_args(argv)
-    try:
-        costs, history = read_history(args.run)
-        print(describe(costs, history))
-        if args.svg:
-            write(args.svg, draw(costs, history))
-    except (InputError, OSError) as error:
-        parser.error(str(error))
+    costs, history = read_history(args.run)
+    print(describe(costs, history))
+    if args.svg:
+        write(args.svg, draw(costs, history))
 
 
 if __name__ == "__main__":

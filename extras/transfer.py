@@ -3,12 +3,9 @@
 $HF_TOKEN is sent to the hub's own host only.
 """
 
-import contextlib
-import errno
 import http.client
 import os
 import re
-import ssl
 import sys
 import time
 import urllib.error
@@ -16,17 +13,11 @@ import urllib.request
 from urllib.parse import urlsplit
 
 from data import InputError, read_text
-from extras.files import cache_path, write
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from extras.files import write
 
 HUB = ("HF_ENDPOINT", "https://huggingface.co")  # a variable that names another server
 PAUSES = (0, 1, 2, 4)  # seconds before each attempt
 TIMEOUT = 30  # seconds without a byte
-NO_NETWORK = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
 class NotThere(InputError):
@@ -83,7 +74,7 @@ def keep(path, check):
 
 
 def fetch(url, path, check):
-    """Download url to path, unless path is there already. Only one process may do so: see lock.
+    """Download url to path, unless path is there already. Only one process may do so at a time.
 
     check(file) raises InputError if something else came. Only what it accepts is kept.
     What came before a failure stays, and the next call goes on from there.
@@ -120,18 +111,10 @@ def attempt(url, part):
         elif error.code < 500 and error.code not in (408, 429):
             raise InputError(f"{url}: {problem}: misspelt, or private (set HF_TOKEN)?") from None
         return problem
-    except urllib.error.URLError as error:
-        return f"cannot be reached: {error.reason}"
     except InputError:
         raise
-    except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-        return f"the connection broke: {error}"
-    except OSError as error:  # others are of the disk
-        if error.errno not in NO_NETWORK:
-            raise
-        return f"the connection broke: {error}"
-    except ValueError as error:  # also what urllib raises for a redirect to http://[
-        return f"the answer is none: {error}"
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return f"the download broke: {error}"
 
 
 def download(url, part):
@@ -173,13 +156,3 @@ def download(url, part):
     if have == 0:
         return "the file is empty"
     return None if total in (None, have) else f"{have} bytes came instead of {total}"
-
-
-@contextlib.contextmanager
-def lock():
-    """Wait until no other process downloads. The lock ends with the process, however it ends."""
-    with open(cache_path("lock"), "w") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -128,17 +128,17 @@ def test_each_row_takes_the_rate_that_was_best_on_held_out_examples():
         return [record("TREC", "LoRA on v", *pair, lr, 0.2) for pair in pairs]
 
     def chosen(records):
-        return confirm.chosen_lr([results.as_run(run) for run in records], "LoRA on v")
+        return confirm.chosen_lr([results.as_run(run) for run in records], "LoRA on v", "TREC")
 
     low = at(0.001, 0.1, 0.1, 0.1)
-    assert chosen(low + at(0.003, 0.8, 0.8, 0.8) + at(0.01, 0.8, 0.8, 0.9)) == 0.01
+    assert chosen(low + at(0.003, 0.8, 0.8, 0.8) + at(0.01, 0.8, 0.8, 0.9)) == "0.01"
     # Ties go to the smaller. As floats, the sum of the second three is larger.
     right, same = [901 / 1090, 902 / 1090, 905 / 1090], [900 / 1090, 904 / 1090, 904 / 1090]
     assert sum(same) > sum(right)
-    assert chosen(low + at(0.003, *right) + at(0.01, *same)) == 0.003
+    assert chosen(low + at(0.003, *right) + at(0.01, *same)) == "0.003"
     failed = at(0.01, 0.9, 0.9, 0.9)
     failed[1]["result"] = {"failed": "the loss is nan"}
-    assert chosen(low + at(0.003, 0.5, 0.5, 0.5) + failed) == 0.003
+    assert chosen(low + at(0.003, 0.5, 0.5, 0.5) + failed) == "0.003"
     for run in (everything := low + at(0.003, 0.5, 0.5, 0.5) + failed):
         run["result"] = {"failed": "the loss is nan"}
     with pytest.raises(InputError, match="a run failed at every learning rate"):

@@ -187,7 +187,7 @@ def test_a_version_without_a_strong_name_is_not_gone_on_with(server, tmp_path):
         ([{"status": 404}], "404", 1),
         ([{"status": 401}], "401 Unauthorized: .*HF_TOKEN", 1),
         ([{"to": "/file"}] * 20, "infinite loop", 5),
-        ([{"to": "http://["}] * 4, "the answer is none: Invalid IPv6 URL; gave up", 4),
+        ([{"to": "http://["}] * 4, "the download broke: Invalid IPv6 URL; gave up", 4),
         ([{"Content-Type": "text/html"}], "a web page came instead", 1),
         ([{"cut": 0, "Content-Length": "0"}] * 4, "the file is empty", 4),
         ([{"Content-Length": "999999", "ETag": ""}] * 4, "900000 bytes came instead of 999999", 4),
@@ -208,7 +208,7 @@ def test_a_download_that_fails_names_the_address_and_leaves_no_file(
 
 
 def test_a_server_that_cannot_be_reached_is_an_error(server, tmp_path):
-    with pytest.raises(InputError, match="cannot be reached: .*refused; gave up after 4"):
+    with pytest.raises(InputError, match="the download broke: .*refused.*; gave up after 4"):
         transfer.fetch("http://127.0.0.1:9/file", str(tmp_path / "file"), accept)
 
 
@@ -224,9 +224,6 @@ def test_a_network_that_goes_down_in_mid_download_is_tried_again(server, tmp_pat
 
     monkeypatch.setattr(transfer, "download", first_fails)
     assert fetch(server, tmp_path) == BODY
-    errors.append(OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(OSError, match="No space"):
-        transfer.fetch(f"{server.url}/file", str(tmp_path / "other"), accept)
 
 
 def test_a_file_with_another_sha256_is_refused_and_not_kept(server, tmp_path):

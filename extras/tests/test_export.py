@@ -108,7 +108,7 @@ def test_a_merged_run_computes_the_same_without_adapters(
     run = make_run(tmp_path / "base", pooling)
     answer_with(monkeypatch, run)
     new = tmp_path / "new"
-    assert export.main(["run", "--merge", str(new)]) == 0
+    export.main(["run", "--merge", str(new)])
     assert capsys.readouterr().out.count("\n") == 1
 
     files = ["config.json", "model.safetensors", "vocab.txt"]
@@ -133,7 +133,7 @@ def test_a_peft_adapter_follows_the_rule_of_peft(tmp_path, monkeypatch, capsys, 
     run = make_run(tmp_path / "base", pooling)
     answer_with(monkeypatch, run)
     new = tmp_path / "new"
-    assert export.main(["run", "--peft", str(new)]) == 0
+    export.main(["run", "--peft", str(new)])
     assert capsys.readouterr().out.count("\n") == 1
 
     config = read(new / "adapter_config.json")
@@ -179,7 +179,7 @@ def test_transformers_and_peft_compute_what_the_run_computes(tmp_path, monkeypat
     run = make_run(tmp_path / "base", "cls")
     answer_with(monkeypatch, run)
     merge, adapter = str(tmp_path / "merge"), str(tmp_path / "peft")
-    assert export.main(["run", "--merge", merge, "--peft", adapter]) == 0
+    export.main(["run", "--merge", merge, "--peft", adapter])
     kind = transformers.AutoModelForSequenceClassification
     merged = kind.from_pretrained(merge).eval()
     assert merged.config.id2label == {0: "yes", 1: "no", 2: "maybe"}
@@ -191,7 +191,7 @@ def test_transformers_and_peft_compute_what_the_run_computes(tmp_path, monkeypat
 
     run = make_run(tmp_path / "base", "mean")
     answer_with(monkeypatch, run)
-    assert export.main(["run", "--peft", adapter + "-mean"]) == 0
+    export.main(["run", "--peft", adapter + "-mean"])
     adapted = transformers.AutoModel.from_pretrained(str(tmp_path / "base"))
     adapted = peft.PeftModel.from_pretrained(adapted, adapter + "-mean").eval()
     hidden = adapted(input_ids=IDS, attention_mask=MASK).last_hidden_state
@@ -205,7 +205,7 @@ def test_a_run_of_train_py_is_exported(tmp_path):
     flags = "--task acceptability --train-limit 32 --max-steps 3 --head-warmup 1 --lr 0.1"
     flags += " --shortcuts none --precision float32 --out"
     assert export.train.main([*flags.split(), run]) == 0
-    assert export.main([run, "--merge", merge, "--peft", adapter]) == 0
+    export.main([run, "--merge", merge, "--peft", adapter])
     merged = checkpoints.load_encoder(merge).eval()
     loaded = export.train.load_run(run).encoder
     plain = checkpoints.load_encoder(checkpoints.find_checkpoint("built-in")).eval()
@@ -220,7 +220,7 @@ def test_a_run_without_adapters_is_merged_too(tmp_path, monkeypatch):
     run = make_run(tmp_path / "base", targets=())
     run.encoder.layers[0].q.weight += 1  # --method full
     answer_with(monkeypatch, run)
-    assert export.main(["run", "--merge", str(tmp_path / "new")]) == 0
+    export.main(["run", "--merge", str(tmp_path / "new")])
     merged = checkpoints.load_encoder(tmp_path / "new").eval()
     assert torch.equal(merged(IDS, MASK), run.encoder(IDS, MASK))
 
@@ -238,7 +238,7 @@ def test_the_config_of_the_checkpoint_goes_along(tmp_path, monkeypatch):
     )
     (tmp_path / "base" / "tokenizer").mkdir()
     answer_with(monkeypatch, make_run(tmp_path / "base"))
-    assert export.main(["run", "--merge", str(tmp_path / "new")]) == 0
+    export.main(["run", "--merge", str(tmp_path / "new")])
     config = read(tmp_path / "new" / "config.json")
     assert config["tokens"] == "lower case"
     assert config["torch_dtype"] == "float32"
@@ -254,7 +254,7 @@ def test_peft_finds_a_downloaded_checkpoint_by_its_hub_id(tmp_path, monkeypatch)
     folder = tmp_path / "cache" / "hub" / "google" / "tiny-bert"
     make_checkpoint(folder)
     answer_with(monkeypatch, make_run(folder))
-    assert export.main(["run", "--peft", str(tmp_path / "new")]) == 0
+    export.main(["run", "--peft", str(tmp_path / "new")])
     config = read(tmp_path / "new" / "adapter_config.json")
     assert config["base_model_name_or_path"] == "google/tiny-bert"
 
@@ -292,7 +292,8 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(
     argv = ["run"]
     for flag in flags:
         argv += [flag, str(tmp_path / flag)]
-    assert export.main(argv) == 2
+    with pytest.raises(SystemExit, match="2"):
+        export.main(argv)
     said = capsys.readouterr()
     assert message in said.err
     assert said.err.count("\n") == 1
@@ -306,7 +307,7 @@ def test_shortcuts_that_are_off_are_no_obstacle(tmp_path, monkeypatch):
     ranks = {name: 2 for name in run.adapters if name.endswith((".q", ".fc1"))}
     heterolora.set_ranks(run.adapters, ranks)
     answer_with(monkeypatch, run)
-    assert export.main(["run", "--merge", str(tmp_path / "new")]) == 0
+    export.main(["run", "--merge", str(tmp_path / "new")])
     merged = checkpoints.load_encoder(tmp_path / "new").eval()
     with torch.no_grad():
         difference = merged(IDS, MASK) - run.encoder(IDS, MASK)
@@ -316,13 +317,17 @@ def test_shortcuts_that_are_off_are_no_obstacle(tmp_path, monkeypatch):
 def test_wrong_folders_are_refused_before_the_run_is_loaded(tmp_path, monkeypatch, capsys):
     answer_with(monkeypatch, None)
     new = str(tmp_path / "new")
-    assert export.main(["run"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["run"])
     assert "give --merge DIR, --peft DIR, or both" in capsys.readouterr().err
     for other in (new, os.path.join(new, "inside")):
-        assert export.main(["run", "--merge", new, "--peft", other]) == 2
-        assert export.main(["run", "--merge", other, "--peft", new]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            export.main(["run", "--merge", new, "--peft", other])
+        with pytest.raises(SystemExit, match="2"):
+            export.main(["run", "--merge", other, "--peft", new])
         assert capsys.readouterr().err.count("different folders, none in the other") == 2
-    assert export.main(["run", "--peft", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["run", "--peft", str(tmp_path)])
     assert "is there already: give a new folder" in capsys.readouterr().err
 
 
@@ -331,7 +336,8 @@ def test_a_run_that_cannot_be_loaded_is_one_line(monkeypatch, tmp_path, capsys):
         raise InputError(f"{folder}: the run has not ended")
 
     monkeypatch.setattr(export.train, "load_run", refuse, raising=False)
-    assert export.main(["some/run", "--merge", str(tmp_path / "new")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["some/run", "--merge", str(tmp_path / "new")])
     assert capsys.readouterr().err == "error: some/run: the run has not ended\n"
 
 
@@ -344,6 +350,7 @@ def test_a_folder_that_cannot_be_filled_does_not_appear(tmp_path, monkeypatch, c
         raise OSError(28, "No space left on device", path)
 
     monkeypatch.setattr(export, "write_safetensors", full_disk)
-    assert export.main(["run", flag, str(tmp_path / "new")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["run", flag, str(tmp_path / "new")])
     assert "No space left on device" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["base"]
