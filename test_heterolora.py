@@ -773,6 +773,7 @@ def run(*flags, out=None):
         (["--device", "abacus"], "--device abacus"),
         (["--device", "hpu"], "--device hpu"),
         (["--method", "full", "--precision", "bfloat16"], "has none"),
+        (["--method", "head", "--budget", "much"], "budget 'much'"),
         (["--method", "lora", "--allocator", "breadth"], "lora has no scores"),
         (["--method", "alora", "--allocator", "breadth"], "alora has its own rule"),
         (["--holdout", "1"], "holdout"),

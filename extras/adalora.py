@@ -66,7 +66,8 @@ class AdaLoRA(HeteroLoRA):
     @torch.no_grad()
     def after_step(self, optimizer, args, kwargs):
         """Count a step, update the means, and mask triplets; in the last step, switch them off."""
-        if len(self.history) > 1:  # that was done
+        is_final = len(self.history) > 1
+        if is_final:
             return
         self.recorded_steps += 1
         for adapter in self.adapters.values():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from data import InputError
 from extras.adalora import START
+from extras.allocators import BY_LAYERS
 from extras.flags import whole_number
 from heterolora import ADAPTERS, cost, inject
 
@@ -45,7 +46,7 @@ class Adapter(nn.Module):
         return F.linear(F.linear(x, A.to(x.dtype)) * self.scale, B.to(x.dtype))
 
 
-def uniform(rows, columns, bound, generator):
+def uniform_draw(rows, columns, bound, generator):
     """Return a parameter (rows, columns) drawn from U(-bound, bound)."""
     values = torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
     return nn.Parameter(values)
@@ -68,12 +69,12 @@ class TiedLoRA(Adapter):
         super().__init__(d_in, d_out, rank, alpha)
         if "B" not in trained and "v" not in trained:
             raise ValueError(f"trained {trained}: B or v must train, or dW stays 0")
-        self.A = uniform(rank, d_in, 1 / math.sqrt(d_in), generator)
+        self.A = uniform_draw(rank, d_in, 1 / math.sqrt(d_in), generator)
         self.B = nn.Parameter(torch.zeros(d_out, rank))
         self.u = nn.Parameter(torch.ones(rank))
         self.v = nn.Parameter(torch.ones(d_out))
         if "B" not in trained:
-            self.B = uniform(d_out, rank, 1 / math.sqrt(rank), generator)
+            self.B = uniform_draw(d_out, rank, 1 / math.sqrt(rank), generator)
             nn.init.zeros_(self.v)
         self.trained = trained
         for name, parameter in self.named_parameters():
@@ -118,9 +119,9 @@ class PRoLoRA(Adapter):
         self.unshared = min(unshared, rank)
         shared = rank - self.unshared
         bound = 1 / math.sqrt(d_in)
-        self.own_A = uniform(self.unshared, d_in, bound, generator)
+        self.own_A = uniform_draw(self.unshared, d_in, bound, generator)
         self.own_B = nn.Parameter(torch.zeros(d_out, self.unshared))
-        self.chunk_A = uniform(shared, math.ceil(d_in / chunks), bound, generator)
+        self.chunk_A = uniform_draw(shared, math.ceil(d_in / chunks), bound, generator)
         self.chunk_B = nn.Parameter(torch.zeros(math.ceil(d_out / chunks), shared))
 
     def active(self, rank):
@@ -240,7 +241,7 @@ def check_kind(args):
     own_kind = {"alora": "lora", "adalora": "svd"}.get(args.method, args.adapter)
     if args.adapter != own_kind:
         raise InputError(f"--method {args.method} has its own adapters: leave --adapter out")
-    is_bought = args.method in ("static", "dynamic") or args.allocator.endswith("-layers")
+    is_bought = args.method in ("static", "dynamic") or args.allocator in BY_LAYERS
     if args.adapter in TIED and is_bought:
         reason = f"modules of {args.adapter} share A and B, and cannot be bought one by one"
         raise InputError(f"{reason}: use --method lora, without an --allocator")
@@ -263,7 +264,7 @@ def usual_rank(args, encoder, targets, shortcuts, kind):
     if budget is not None and args.method == "lora" and args.adapter != "lora":
         costs = uniform_costs(encoder, targets, [], kind)
         rank = bisect.bisect_right(costs, budget)
-        if args.allocator.endswith("-layers"):  # some layers can have one more
+        if args.allocator in BY_LAYERS:  # some layers can have one more
             rank = min(rank + 1, len(costs))
         if rank == 0:
             least = f"rank 1 of {args.adapter} costs {costs[0]:,}"

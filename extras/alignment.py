@@ -76,8 +76,10 @@ def signed_norms(model, adapters, batches, loss_fn, sign):
     linears = {module.adapter for module in model.modules() if isinstance(module, LoRALinear)}
     scores = {}
     for name, adapter in adapters.items():
-        if adapter in norms or adapter not in linears:
-            scores[name] = sign * norms.get(adapter, 1.0)
+        if adapter in norms:
+            scores[name] = sign * norms[adapter]
+        elif adapter not in linears:
+            scores[name] = float(sign)
     lowest = min(scores.values(), default=0.0) - 1
     return {name: scores.get(name, lowest) for name in adapters}
 

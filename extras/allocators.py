@@ -9,6 +9,8 @@ import torch
 from extras.show import costs_once
 from heterolora import ALLOCATORS, SHORTCUTS, allocator, greedy
 
+BY_LAYERS = ("first-layers", "middle-layers", "last-layers")  # these need no scores
+
 
 def price_of(costs, ranks):
     """Return the parameters of an allocation {name: rank}."""
@@ -48,17 +50,23 @@ def layers_of(costs):
     The first number in a name tells the layer: "layers.3.q", or "layers.3.mlp.experts.7.up_proj".
     What all names begin with does not count, as "0" in "0.auto_model.encoder.layer.3.q".
     """
-    split_names = {name: name.split(".") for name in costs}
-    n_common = len(os.path.commonprefix(list(split_names.values())))
+    names = {tuple(name.split(".")): name for name in costs}
+    n_common = len(os.path.commonprefix(list(names)))
     layers = {}
-    for name, parts in split_names.items():
-        n_parts = len(parts) - 1  # of the layer's own name, if there is no number
-        for i in range(n_common, len(parts)):
-            if parts[i].isdecimal():
-                n_parts = i + 1
-                break
-        layers.setdefault(tuple(parts[:n_parts]), []).append(name)
+    for parts, name in names.items():
+        layers.setdefault(layer_of(parts, n_common), []).append(name)
     return list(layers.values())
+
+
+def layer_of(parts, n_common):
+    """Return the parts of a module's name up to its layer's number; without one, all but the last.
+
+    The first n_common parts, which all names share, cannot be the number.
+    """
+    for i in range(n_common, len(parts)):
+        if parts[i].isdecimal():
+            return parts[: i + 1]
+    return parts[:-1]
 
 
 def in_rounds(costs, budget, layers):
@@ -194,7 +202,7 @@ def plain_lora(adapters, allocator, budget):
     rule = ALLOCATORS["uniform" if allocator == "greedy" else allocator]
     ranks = rule({}, costs_once(linears), budget, None)
     if not any(ranks.values()):
+        reason = f"{budget:,} parameters buy no rank with --allocator {allocator}"
         advice = "raise --budget, or let --allocator middle-layers choose some layers"
-        reason = f"{budget:,} parameters are less than one rank everywhere"
         warnings.warn(f"{reason}: {advice}", stacklevel=2)
     return ranks

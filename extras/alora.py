@@ -99,13 +99,13 @@ class ALoRA(HeteroLoRA):
         return ranks
 
     def candidates(self, scores):
-        """Return [(score, module name, rank)] of all ranks but those that are one round old."""
-        # history[-1] is on now. What came on since history[-2] stands last in its module.
-        before = self.history[-2]["ranks"] if len(self.history) > 1 else {}
+        """Return [(score, module name, rank)] of all ranks but those that the last round bought."""
+        now = self.history[-1]["ranks"]
+        before = self.history[-2]["ranks"] if len(self.history) > 1 else now
         found = []
-        for name, adapter in self.adapters.items():
-            n_young = max(0, adapter.rank - before.get(name, adapter.rank))
-            for k in range(adapter.rank - n_young):
+        for name in self.adapters:
+            n_old = min(now[name], before[name])  # new ranks stand behind these
+            for k in range(n_old):
                 found.append((scores[name][k], name, k))
         return found
 

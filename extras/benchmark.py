@@ -88,11 +88,12 @@ def benchmark(args, steps):
     interval = max(1, round(args.realloc_every * len(batches)))
     step = ways["a quarter on"].seconds / steps
     recorded_step = ways["recorded"].seconds / steps
+    recording = min(args.probe_batches, interval) * (recorded_step - step)
     start = time.perf_counter()
     search.reallocate()
-    extra = time.perf_counter() - start
-    extra += min(args.probe_batches, interval) * (recorded_step - step)
-    print(f"search        | {extra / (interval * step):.1%} of the time that training takes")
+    allocating = time.perf_counter() - start
+    share = (recording + allocating) / (interval * step)
+    print(f"search        | {share:.1%} of the time that training takes")
 
 
 @command

@@ -18,7 +18,7 @@ import zipfile
 import torch
 
 from data import InputError
-from extras.configs import read_config
+from extras.configs import read_encoder_config
 from extras.files import new_folder, refuse_git_pointer, write
 from model import Encoder
 
@@ -209,7 +209,7 @@ def load_encoder(folder):
     Heads and poolers are left out. Raises InputError for a missing file or tensor, a damaged one,
     a wrong shape, numbers that are not finite, and layers that config.json does not have.
     """
-    config = read_config(os.path.join(folder, "config.json"))
+    config = read_encoder_config(os.path.join(folder, "config.json"))
     path, tensors = read_weights(folder)
     with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced
         encoder = Encoder(config)

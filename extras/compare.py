@@ -27,7 +27,7 @@ import extras.allocators  # noqa: F401  they register what a contender can name
 import extras.proxies  # noqa: F401
 import train
 from data import InputError
-from extras.evidence import gain_cell, level, mean_and_sd
+from extras.evidence import gain_cell, level_cells, mean_and_sd
 from extras.fast_cpu import processor_name
 from extras.flags import command, number
 from extras.results import WRONG_FORM, best_lr, gain_over, records, run_of
@@ -142,16 +142,21 @@ def as_key(flags):
     return json.dumps({k: v for k, v in flags.items() if v is not None}, sort_keys=True)
 
 
+def unused_flags(flags):
+    """Return the names of the flags that make no difference to a run with these flags."""
+    unused = UNUSED[flags.method]
+    if flags.init == "gradient":  # it sees the same warm-up and batches as a score
+        unused = unused - {"probe_batches", "head_warmup", "warmup_steps"}
+    return NO_MATTER | unused
+
+
 def run(spec, flags, path):
     """Train once, unless the file at path has the result -> result, or {"failed": reason}"""
     kept = vars(flags) | {
         "task": os.path.basename(os.path.normpath(flags.task)),
         "budget": str(flags.budget),
     }
-    unused = UNUSED[flags.method]
-    if flags.init == "gradient":  # it sees the same warm-up and batches as a score
-        unused = unused - {"probe_batches", "head_warmup", "warmup_steps"}
-    for name in NO_MATTER | unused:
+    for name in unused_flags(flags):
         kept.pop(name, None)
     key = as_key(kept)
     if result := read_result(path, key):
@@ -203,10 +208,15 @@ def compare(args, argv):
 
 
 def overlap(ended):
-    """Return the mean Jaccard index of the modules that are on, over pairs of seeds, "" for one."""
-    pairs = itertools.combinations([result["ranks"] for result in ended], 2)
-    values = [jaccard(ranks, others) for ranks, others in pairs]
-    return f"{statistics.mean(values):.2f}" if values else ""
+    """Return the mean Jaccard index of the modules that are on, over pairs of seeds.
+
+    "" if there is one seed, or if nothing is ever on, as with head.
+    """
+    allocations = [result["ranks"] for result in ended]
+    pairs = list(itertools.combinations(allocations, 2))
+    if not pairs or not any(any(ranks.values()) for ranks in allocations):
+        return ""
+    return f"{statistics.mean(jaccard(ranks, others) for ranks, others in pairs):.2f}"
 
 
 def table(contenders, results):
@@ -223,7 +233,7 @@ def table(contenders, results):
     for spec, row in rows.items():
         gain = gain_over(row, rows[first])
         difference = gain_cell(gain) if gain and spec != first else ""
-        cells = [f"`{spec}`", f"{contenders[spec].lr:g}", *level(row), difference]
+        cells = [f"`{spec}`", f"{contenders[spec].lr:g}", *level_cells(row), difference]
         ended = [result for result in results[spec].values() if "failed" not in result]
         if ended:
             seconds = [result["train_seconds"] + result["search_seconds"] for result in ended]

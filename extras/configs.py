@@ -17,7 +17,7 @@ RANGES = {  # the lowest and highest value of a field; the other whole numbers g
 }
 
 
-def read_config(path):
+def read_encoder_config(path):
     """Return the EncoderConfig of a config.json, with Hugging Face's defaults for what is left out.
 
     Raises InputError for a missing file, and for an architecture that Encoder does not compute.

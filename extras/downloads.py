@@ -10,7 +10,7 @@ import zipfile
 
 from data import GLUE, InputError, read_text
 from extras.checkpoints import read_pickle, read_safetensors
-from extras.configs import read_config
+from extras.configs import read_encoder_config
 from extras.files import cache_path, lock, write
 from extras.tables import read_glue
 from extras.tokenizers import BPE, WordPiece
@@ -30,7 +30,7 @@ def check_vocabulary(path, specials):
 
     Some models have room for more tokens than there are, but not for many more.
     """
-    config = read_config(os.path.join(os.path.dirname(path), "config.json"))
+    config = read_encoder_config(os.path.join(os.path.dirname(path), "config.json"))
     count = len(read_vocabulary(path, specials))
     if count < 0.9 * config.vocab_size:
         raise InputError(f"{path}: {count} tokens, and the model has {config.vocab_size}: cut off?")
@@ -43,7 +43,7 @@ def check_merges(path):
 
 
 HUB_FILES = {  # file of a model on the hub -> a function that raises InputError for anything else
-    "config.json": read_config,  # refuses other architectures, before the large files come
+    "config.json": read_encoder_config,  # refuses other architectures, before the large files come
     "tokenizer_config.json": read_options,
     "vocab.txt": functools.partial(check_vocabulary, specials=WordPiece.specials),
     "vocab.json": functools.partial(check_vocabulary, specials=BPE.specials),

@@ -63,8 +63,9 @@ def group(runs):
         method = run.flags["method"]
         label = method
         for flag, text in sorted(run.flags.items()):
-            differs = flag not in common[method] or len(values[flag]) > 1
-            if flag != "method" and differs and text != USUAL.get(flag):
+            only_some_have_it = flag not in common[method]
+            is_shown = only_some_have_it or len(values[flag]) > 1
+            if flag != "method" and is_shown and text != USUAL.get(flag):
                 label += f" {flag}={text}"
         row = rows.setdefault(label, {})
         if run.seed in row:
@@ -101,7 +102,7 @@ def mean_and_sd(scores):
     return mean if len(scores) == 1 else f"{mean} ± {statistics.stdev(scores):.2f}"
 
 
-def level(row):
+def level_cells(row):
     """Return four cells: the number of runs, their score, parameters, and ever trained."""
     done = [run for run in row.values() if run.score is not None]
     n = str(len(done)) if len(done) == len(row) else f"{len(done)} of {len(row)}"
@@ -154,7 +155,7 @@ def table(rows, baseline, has_details=False):
         more = details(gains)
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, row in rows.items():
-        cells = [f"`{label}`", *level(row)]
+        cells = [f"`{label}`", *level_cells(row)]
         cells.append(gain_cell(gains[label]) if label in gains else "")
         if has_details:
             cells += more.get(label, [""] * 4)

@@ -9,10 +9,13 @@ import numpy as np
 
 @functools.cache
 def student_table(degrees):
-    """Return angles u, and for each the share of Student's T within +-sqrt(degrees) tan u."""
+    """Return angles u, and for each the share of Student's T within +-sqrt(degrees) tan u.
+
+    With T = sqrt(degrees) tan u, the density of u is cos(u)^(degrees - 1), but for a factor.
+    """
     u = np.linspace(0, math.pi / 2, 200_001)
     middles = (u[1:] + u[:-1]) / 2
-    density = np.cos(middles) ** (degrees - 1)  # of u, but for a factor
+    density = np.cos(middles) ** (degrees - 1)
     area = np.concatenate([[0], np.cumsum(density)])
     return u, area / area[-1]
 

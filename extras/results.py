@@ -19,7 +19,7 @@ from extras.intervals import mean_and_half_width
 
 
 @dataclasses.dataclass
-class Run:
+class FinishedRun:
     """A finished run. What has a default is None if the run failed, or did not keep it."""
 
     flags: dict  # {flag: value as text}, without the seed, with the processor
@@ -78,7 +78,7 @@ def read_runs(path):
 
 
 def as_run(record):
-    """Return the Run of {"flags": {name: value}, "result": {name: value}}."""
+    """Return the FinishedRun of {"flags": {name: value}, "result": {name: value}}."""
     flags = {}
     for flag, value in record["flags"].items():
         if value is not None:
@@ -94,9 +94,9 @@ def as_run(record):
 
 
 def run_of(flags, seed, result):
-    """Return the Run of {flag: value as text}, a seed as text, and {name: value} of its result."""
+    """Return the FinishedRun of {flag: value as text}, a seed as text, and {name: value}."""
     if "failed" in result:
-        return Run(flags, seed)
+        return FinishedRun(flags, seed)
     score = 100 * float(result["last"])
     if not math.isfinite(score):
         raise ValueError(f"the metric is {score}")
@@ -106,7 +106,7 @@ def run_of(flags, seed, result):
     right = None
     if result.get("metric") == "accuracy":
         right = unpack_right(result.get("dev", {}))
-    return Run(flags, seed, score, parameters, ever_trained, right)
+    return FinishedRun(flags, seed, score, parameters, ever_trained, right)
 
 
 def as_text(value):

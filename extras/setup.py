@@ -9,8 +9,10 @@ import data
 from data import InputError
 from extras import devices
 from extras.adalora import AdaLoRA
+from extras.allocators import BY_LAYERS
 from extras.alora import SCORE_EXAMPLES, ALoRA
 from extras.checkpoints import find_checkpoint
+from extras.flags import parse_budget
 from model import load_pretrained
 
 EPOCHS = {"mrpc": 5, "rte": 10, "cola": 5, "sst2": 1, "qnli": 1, "qqp": 1, "mnli": 1}
@@ -23,12 +25,13 @@ def check_flags(args):
         raise InputError(f"task {args.task} needs --model: a checkpoint folder or a hub id")
     if args.method == "full" and args.precision == "bfloat16":
         raise InputError("--precision bfloat16 is of frozen weights, and --method full has none")
-    needs_no_score = args.allocator in ("greedy", "uniform") or args.allocator.endswith("-layers")
-    if args.method == "lora" and not needs_no_score:
-        rules = "uniform, first-layers, middle-layers, last-layers"
-        raise InputError(f"--method lora has no scores: --allocator may be {rules}")
+    rules = ("uniform", *BY_LAYERS)
+    if args.method == "lora" and args.allocator not in ("greedy", *rules):
+        raise InputError(f"--method lora has no scores: --allocator may be {', '.join(rules)}")
     if args.method in ("alora", "adalora") and args.allocator != "greedy":
         raise InputError(f"--method {args.method} has its own rule: leave --allocator out")
+    if args.method in ("head", "full") and args.budget is not None:  # in any form: it is not used
+        parse_budget(str(args.budget), most=10**12)
     if args.init == "gradient" and args.method in ("head", "full"):
         raise InputError(f"--method {args.method} has no adapters: leave --init out")
     if args.init == "gradient" and args.method == "alora":

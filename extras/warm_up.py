@@ -30,18 +30,19 @@ def first_allocation(args, run, search, train_set):
     if args.proxy in HEADLESS:
         flags.head_warmup = 0
     rounds = []
-    before = None
+    ranks = None
     for repeat in range(args.score_repeats or 1):
         with warmed_up(flags, search.model, search.adapters, train_set, repeat):
             draws = draws_for(args, "first probing", repeat)
             batches = train_set.sample(args.probe_batches, args.batch_size, draws)
             rounds.append(search.score(batches))
+        scores = mean_scores(rounds)
+        before = ranks
+        ranks = search.allocate(scores)
         search.generator.manual_seed(search.seed)  # ties are broken in the same way every time
-        search.history.clear()  # each allocation takes the place of the one before
-        ranks = search.reallocate(scores=mean_scores(rounds))["ranks"]
         if ranks == before:
             break
-        before = ranks
+    search.reallocate(scores=scores)
     if args.score_repeats:
         run.log(f"score   mean of {len(rounds)} warm-ups")
 

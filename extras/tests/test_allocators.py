@@ -6,10 +6,11 @@ import warnings
 
 import pytest
 import torch
+import torch.nn as nn
 
 import extras.allocators  # noqa: F401  it registers the rules
 import train
-from heterolora import ALLOCATORS
+from heterolora import ALLOCATORS, inject
 
 
 def allocate(name, scores, costs, budget, seed=0):
@@ -214,3 +215,19 @@ def test_without_linears_random_linears_buys_nothing_and_does_not_complain():
 def test_plain_lora_without_linears_is_refused(capsys):
     assert train.main(["--method", "lora", "--targets", "none", "--shortcuts", "all"]) == 2
     assert "--method lora is of linears, and there are none" in capsys.readouterr().err
+
+
+def test_plain_lora_refuses_a_rule_of_somebodys_own_whatever_its_name(capsys, monkeypatch):
+    monkeypatch.setitem(ALLOCATORS, "best-layers", ALLOCATORS["breadth"])  # it needs scores
+    assert train.main(["--method", "lora", "--allocator", "best-layers"]) == 2
+    assert "--method lora has no scores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["greedy", "middle-layers"])
+def test_plain_lora_says_that_a_budget_buys_nothing(name):
+    model = nn.ModuleDict({"0": nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4)})})
+    adapters = inject(model, ["q", "v"], [], rank=2, alpha=2)
+    with pytest.warns(UserWarning, match=f"7 parameters buy no rank with --allocator {name}"):
+        assert not any(extras.allocators.plain_lora(adapters, name, 7).values())
+    ranks = extras.allocators.plain_lora(adapters, name, 16)
+    assert ranks == {"0.q": 1, "0.v": 1}

@@ -462,11 +462,11 @@ def test_a_number_that_no_encoder_has_is_refused_at_once(tmp_path, field, values
 def test_what_a_config_leaves_out_is_the_default_of_the_family(tmp_path):
     for family, vocab_size, pad_token_id in [("bert", 30522, 0), ("roberta", 50265, 1)]:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-        config = configs.read_config(tmp_path / "config.json")
+        config = configs.read_encoder_config(tmp_path / "config.json")
         assert (config.vocab_size, config.pad_token_id) == (vocab_size, pad_token_id)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="no model_type"):
-        configs.read_config(tmp_path / "config.json")
+        configs.read_encoder_config(tmp_path / "config.json")
 
 
 def test_missing_files_say_so(tmp_path):

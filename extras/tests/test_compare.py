@@ -77,6 +77,11 @@ def test_the_table_has_means_spreads_and_the_paired_difference(runs, capsys):
     assert table["lora"][5] == "+1.00 [+1.00, +1.00], n = 3"
 
 
+def test_seeds_that_turn_nothing_on_have_no_overlap():
+    assert compare.overlap([{"ranks": {}}, {"ranks": {}}]) == ""
+    assert compare.overlap([{"ranks": {"a": 1}}, {"ranks": {"a": 0}}]) == "0.00"
+
+
 @pytest.mark.parametrize(
     ("spec", "flags"),
     [

@@ -9,7 +9,7 @@ import xml.etree.ElementTree
 import pytest
 
 from extras import figure
-from extras.results import Run
+from extras.results import FinishedRun
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
@@ -17,7 +17,7 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 def run(seed, score, **flags):
     """Return a finished run; LoRA on q and v, if nothing else is said."""
     flags = {"method": "lora", "targets": "q,v"} | flags
-    return Run(flags, str(seed), score, 0, 0)
+    return FinishedRun(flags, str(seed), score, 0, 0)
 
 
 def numbers(mark, attribute):

@@ -39,6 +39,7 @@ def readme_blocks(language):
 def test_the_python_examples_of_the_readme_run(tmp_path):
     source = "\n".join(readme_blocks("python"))
     assert ".proxy(" in source and ".allocator(" in source and "inject(" in source
+    source += '\nprint(adapters["0"](torch.ones(3, 8, dtype=torch.bfloat16)).dtype)'
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", source],
@@ -48,6 +49,7 @@ def test_the_python_examples_of_the_readme_run(tmp_path):
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("torch.bfloat16\n")
 
 
 def test_the_readme_names_only_flags_that_exist():
