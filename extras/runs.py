@@ -91,29 +91,11 @@ class Run:
         for name, value in vars(args).items():
             if value is not None and name not in NOT_SAVED:
                 flags[name] = (",".join(value) or "none") if isinstance(value, list) else str(value)
-        if self.folder:
-            try:
-                os.makedirs(self.folder, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"--out {self.folder} cannot be made: {error.strerror}") from None
         self.log(f"command {args.command}")
         self.log("config  " + " ".join(f"{name}={value}" for name, value in flags.items()))
         if not self.folder:
             return
-        self.lock = lock(self.path("lock"))  # held while this object, or the process, lives
-        for name in os.listdir(self.folder):  # what a kill may have left of a file
-            if name.startswith(FILES) and name.endswith(".unfinished"):
-                os.remove(self.path(name))
-        if os.path.isfile(self.path("result.json")):
-            raise InputError(f"{self.folder}: another process has just finished this run")
-        if not self.is_new and not self.has_state():
-            if os.path.isfile(self.path("adapters.pt")):
-                raise InputError(f"{self.folder} has adapters.pt, but neither state nor result")
-            self.log(f"resume  {self.folder} from the start: no step was saved")
-        if not self.has_state():  # begin anew: what an early end may have left is not of this run
-            for name in LOGS:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self.path(name))
+        self.take_folder()
         self.config = {"command": args.command, "flags": flags}
         self.config |= {"checkpoint": model.checkpoint, "form": model.form}
         if not self.is_new:
@@ -123,6 +105,28 @@ class Run:
         self.config["checksum"] = self.checksum = run_checksum(flags, model.checkpoint)
         if not self.has_state():  # else `load` writes config.json, once the state is checked
             self.write_config()
+
+    def take_folder(self):
+        """Make the folder, or take it over; for this process alone, until it ends."""
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {self.folder} cannot be made: {error.strerror}") from None
+        self.lock = lock(self.path("lock"))
+        for name in os.listdir(self.folder):  # what a kill may have left of a file
+            if name.startswith(FILES) and name.endswith(".unfinished"):
+                os.remove(self.path(name))
+        if os.path.isfile(self.path("result.json")):
+            raise InputError(f"{self.folder}: another process has just finished this run")
+        if self.has_state():
+            return
+        if not self.is_new:
+            if os.path.isfile(self.path("adapters.pt")):
+                raise InputError(f"{self.folder} has adapters.pt, but neither state nor result")
+            self.log(f"resume  {self.folder} from the start: no step was saved")
+        for name in LOGS:  # of a run that ended early
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path(name))
 
     def write_config(self):
         """Write config.json."""

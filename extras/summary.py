@@ -48,9 +48,10 @@ def highest_ranks(args, adapters, search):
     """Return {module name: the most ranks that it ever had}, a joint warm-up included."""
     is_warmed = args.warmup_steps and (search or args.init == "gradient")
     highest = dict.fromkeys(adapters, RANK if is_warmed else 0)
-    allocations = [{name: adapter.rank for name, adapter in adapters.items()}]  # now
     if search:
-        allocations += [entry["ranks"] for entry in search.history]
+        allocations = [entry["ranks"] for entry in search.history]
+    else:
+        allocations = [{name: adapter.rank for name, adapter in adapters.items()}]
     for ranks in allocations:
         for name, rank in ranks.items():
             highest[name] = max(highest[name], rank)
