@@ -211,7 +211,7 @@ def test_the_table_of_the_readme_is_that_of_the_command(capsys):
     for row in at_chosen_rates:
         assert f"| {row} |\n" in readme
     paper_static = rows("--lr", "0.003")[5]
-    assert f"\n| the paper's static search | {paper_static} |\n" in readme
+    assert f"\n| paper, static | {paper_static} |\n" in readme
 
 
 def test_other_runs_in_the_same_file_change_nothing(tuning, judge):
