@@ -8,10 +8,11 @@ many parameters stay falls along a cubic curve to the budget. For the last FINAL
 choice is final.
 
 What differs from the paper: the schedule counts parameters, not ranks, so that modules of any
-shape end within the budget; its ends are shares of the steps; a choice is made after every step;
-the last one is not made again; the term of the loss is a mean of norms, as in the authors' code,
-where the paper sums squares. It starts with START times the budget or a little more. With a --rank,
-or a budget that is a share, it starts with the whole search space.
+shape end within the budget; its ends are shares of the steps; a choice is made after every step,
+and not after every Delta_T; what the last one drops is off from then on; the term of the loss is a
+mean of norms, as in the authors' code, where the paper sums squares; sensitivities are taken after
+the step, with the step's gradient, as in that code too. It starts with START times the budget or a
+little more. With a --rank, or a budget that is a share, it starts with the whole search space.
 """
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from extras.part_ranks import move_ranks
 from heterolora import HeteroLoRA, cost, rank_costs, set_ranks
 
-START = 1.5  # times the budget is on at the start, or what the next rank makes of it
+START = 1.5  # times the budget is on at the start, at least, as in the paper
 INITIAL, FINAL = 0.17, 0.5  # shares of the steps: before the first choice, after the last one
 BETA1 = BETA2 = 0.85  # how slowly the means of sensitivity and of its uncertainty change
 ORTHOGONALITY = 0.1  # weight of that term (gamma)
@@ -28,17 +29,18 @@ ORTHOGONALITY = 0.1  # weight of that term (gamma)
 class AdaLoRA(HeteroLoRA):
     """The search of AdaLoRA, over adapters of kind "svd". `follow` ties it to an optimizer.
 
+    `history` has two entries at the end: everything on at the start, and the last choice.
     `recorded` holds for every adapter [mean sensitivity, uncertainty] of A, B and E in turn, and
     `recorded_steps` counts the steps, so that they are saved and resumed as those of a score are.
     """
 
     def follow(self, optimizer, total):
-        """Work after every step of the optimizer, of which there will be `total` -> self"""
+        """Work after every step of an optimizer, of `total`, and add a term to loss_fn -> self"""
         self.optimizer = optimizer
-        self.first = round(INITIAL * total)
-        self.last = total - round(FINAL * total)
+        self.first_choice = round(INITIAL * total)
+        self.last_choice = total - round(FINAL * total)
         everything = {name: adapter.max_rank for name, adapter in self.adapters.items()}
-        self.most = cost(self.adapters, everything)
+        self.all_parameters = cost(self.adapters, everything)
         plain_loss = self.loss_fn
         self.loss_fn = lambda model, batch: plain_loss(model, batch) + self.penalty()
         optimizer.register_step_post_hook(self.after_step)
@@ -56,12 +58,12 @@ class AdaLoRA(HeteroLoRA):
 
     def allowed(self, step):
         """Return how many parameters may be on after a step: all, then fewer, then the budget."""
-        if step <= self.first:
-            return self.most
-        if step >= self.last:
+        if step <= self.first_choice:
+            return self.all_parameters
+        if step >= self.last_choice:
             return self.budget
-        left = 1 - (step - self.first) / (self.last - self.first)
-        return int(self.budget + (self.most - self.budget) * left**3)
+        left = 1 - (step - self.first_choice) / (self.last_choice - self.first_choice)
+        return int(self.budget + (self.all_parameters - self.budget) * left**3)
 
     @torch.no_grad()
     def after_step(self, optimizer, args, kwargs):
@@ -72,13 +74,14 @@ class AdaLoRA(HeteroLoRA):
         self.recorded_steps += 1
         for adapter in self.adapters.values():
             self.recorded[adapter] = self.sensitivities(adapter)
-        if self.recorded_steps >= self.last:
+        if self.recorded_steps >= self.last_choice:
+            # This runs inside hold_off_ranks, which holds nothing: all ranks have been on so far.
             self.reallocate(step=self.recorded_steps)
-        elif self.recorded_steps > self.first:
+        elif self.recorded_steps > self.first_choice:
             kept = self.choose(self.score(), self.allowed(self.recorded_steps))
             for name, adapter in self.adapters.items():
                 _, _, (E, _) = adapter.active(adapter.max_rank)
-                E[others(adapter, kept[name])] = 0
+                E[all_but(adapter, kept[name])] = 0
 
     def sensitivities(self, adapter):
         """Return the mean |p * dL/dp| over steps and its mean deviation, of A, B and E in turn."""
@@ -115,7 +118,7 @@ class AdaLoRA(HeteroLoRA):
         """Return {module name: rank}: everything at first, then the best within the budget."""
         if not self.history:
             return {name: adapter.max_rank for name, adapter in self.adapters.items()}
-        self.kept = self.choose(scores, self.budget)
+        self.kept = self.choose(scores, self.budget)  # which ones: ranks only says how many
         return {name: len(triplets) for name, triplets in self.kept.items()}
 
     def switch(self, ranks):
@@ -123,7 +126,7 @@ class AdaLoRA(HeteroLoRA):
         if self.history:
             for name, adapter in self.adapters.items():
                 kept = self.kept[name]
-                move_ranks(adapter, kept + others(adapter, kept), self.optimizer)
+                move_ranks(adapter, kept + all_but(adapter, kept), self.optimizer)
         set_ranks(self.adapters, ranks)
 
     def choose(self, scores, allowed):
@@ -143,6 +146,6 @@ class AdaLoRA(HeteroLoRA):
         return kept
 
 
-def others(adapter, triplets):
-    """Return the triplets of an adapter that are not in a list."""
+def all_but(adapter, triplets):
+    """Return all triplets of an adapter but these."""
     return [k for k in range(adapter.max_rank) if k not in triplets]

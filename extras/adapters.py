@@ -1,6 +1,8 @@
 """Other kinds of adapters for --adapter, registered on import: they train less, or share it.
 
-Each has the constructor, attributes and methods of heterolora.LoRA. `active` lists what trains.
+Each has the constructor, attributes and methods of heterolora.LoRA. `active` lists what trains, in
+an order that stays, as saved blocks are numbered by it. Its last parameter with values has a
+gradient at the start, which the score `fisher` needs.
 What is frozen is made again from the seed and the checkpoint, and is not saved.
 W (d_out, d_in) is the weight of the frozen linear.
 """
@@ -22,7 +24,7 @@ from heterolora import ADAPTERS, cost, inject
 
 
 class Adapter(nn.Module):
-    """dW = scale * B' A', where a kind says in `factors` what B' and A' are for so many ranks.
+    """dW = scale * B' A', where a kind says in `factors` what A' and B' are.
 
     Raises ValueError for a bad rank.
     """
@@ -40,9 +42,13 @@ class Adapter(nn.Module):
     def attach(self, name, host, adapters):
         """Read the host's weight, or share parameters of `adapters`; most kinds do neither."""
 
+    def factors(self, rank):
+        """Return A' (rank, d_in) and B' (d_out, rank)."""
+        raise NotImplementedError
+
     def forward(self, x, rank=None):
         """x (..., d_in) -> dW x (..., d_out)"""
-        A, B = self.factors(self.rank if rank is None else rank)  # (r, d_in), (d_out, r)
+        A, B = self.factors(self.rank if rank is None else rank)
         return F.linear(F.linear(x, A.to(x.dtype)) * self.scale, B.to(x.dtype))
 
 
@@ -57,9 +63,9 @@ class TiedLoRA(Adapter):
 
     Tied-LoRA (Renduchintala et al. 2024, arXiv 2311.09578). Linears of one type, such as all q,
     share; u (r,) and v (d_out,) are each module's own. `trained` says which of the four train.
-    With A and B frozen it is a relative of VeRA (Kopiczko et al. 2024, arXiv 2310.11454), where all
-    types share A and B too, u starts at 0.1, and there is no factor alpha / r. So it wants another
-    learning rate than VeRA.
+    With A and B frozen it is a relative of VeRA (Kopiczko et al. 2024, arXiv 2310.11454). VeRA
+    shares one A and one B among all types, starts u at 0.1, and has no factor alpha / r, so its
+    learning rates do not carry over.
 
     Our choice, since the papers differ: A as in LoRA, u = 1. If B trains, B = 0 and v = 1; else B
     is drawn from U(-1/sqrt(r), 1/sqrt(r)), v = 0, and v must train. So dW starts at 0.
@@ -107,10 +113,11 @@ class PRoLoRA(Adapter):
     """dW = scale * B A, whose A and B repeat a small chunk along their width, rotated.
 
     PRoLoRA (Wang et al. 2024, arXiv 2402.16902). Row i of chunk k is row i + k * stride of the
-    first chunk, counted round: the chunks differ in the order of their ranks. The stride is ranks /
-    chunks, at least 1, so a single shared rank cannot rotate. A few ranks are `unshared`, and are
-    as in LoRA. What rotates depends on how many ranks are on: with one more or less dW changes, so
-    a search should buy whole modules. Initial values as in LoRA.
+    first chunk, counted round: the chunks differ in the order of their ranks. The stride is
+    floor(shared ranks that are on / chunks), at least 1. A single shared rank cannot rotate, and
+    with one rank more or less dW changes, so a search should buy whole modules. A few ranks are
+    `unshared`, and are as in LoRA. Initial values as in LoRA. Our choice: A and B have as many
+    chunks each, where the paper lets them differ.
     """
 
     def __init__(self, d_in, d_out, rank, alpha, generator=None, chunks=4, unshared=1):
@@ -153,8 +160,9 @@ class LoRAXS(Adapter):
     """dW = scale * B R A with a core R (r, r) that trains, between frozen A and B.
 
     LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604). With W = U S V^T, A is the first r rows of S V^T
-    and B the first r columns of U. R starts as N(0, 1e-5^2). Rank r costs r^2 parameters in all, so
-    the r-th one adds 2r - 1.
+    and B the first r columns of U. (The paper multiplies x from the left: its U and V are those of
+    W^T, its A is our A^T, its B our B^T.) R starts as N(0, 1e-5^2). Rank r costs r^2 parameters in
+    all, so the r-th one adds 2r - 1.
     """
 
     def __init__(self, d_in, d_out, rank, alpha, generator=None):
@@ -227,15 +235,15 @@ def uniform_costs(encoder, targets, shortcuts, kind):
 
 def choose_kind(args, encoder, targets, shortcuts):
     """Return the class of --adapter, and fill in a --rank that was left out. Raises InputError."""
-    check_kind(args)
+    settle_kind(args)
     kind = ADAPTERS[args.adapter]
     if args.rank is None:
         args.rank = usual_rank(args, encoder, targets, shortcuts, kind)
     return kind
 
 
-def check_kind(args):
-    """Raise InputError if --adapter does not go with the other flags."""
+def settle_kind(args):
+    """Fill in adalora's --adapter. Raises InputError if it does not go with the other flags."""
     if args.method == "adalora" and args.adapter == "lora":
         args.adapter = "svd"
     own_kind = {"alora": "lora", "adalora": "svd"}.get(args.method, args.adapter)
@@ -252,10 +260,10 @@ def check_kind(args):
 def usual_rank(args, encoder, targets, shortcuts, kind):
     """Return the rank if no --rank was given: 8, or what a budget in parameters allows.
 
-    With --method adalora it is the first rank that costs extras.adalora.START times the budget.
-    With --method lora it is the largest one that fits, for other kinds than LoRA; one more where
-    layers are served one after another. (A budget that is a share needs a search space, and so a
-    rank.)
+    adalora: the first rank that costs at least START times the budget everywhere. lora with another
+    kind than LoRA: the largest that fits everywhere, one more if the allocator goes by layers, as
+    some of them can have it; a budget beyond the whole search space is lowered to that. A budget
+    such as 25% cannot choose the rank, as it is a share of the space that the rank makes.
     """
     budget = whole_number(str(args.budget))
     if budget is not None and args.method == "adalora":

@@ -48,8 +48,8 @@ def feature_norms(model, batches, loss_fn):
         if mask is not None and mask.shape == x.shape[:-1]:
             x = x[mask.bool()]  # (tokens, d_in)
         W = module.weight.float()
-        lengths = (W.norm() * x.norm(dim=-1)).clamp(min=torch.finfo(W.dtype).tiny)  # not 0
-        norms = F.linear(x, W).norm(dim=-1) / lengths  # (tokens,)
+        longest = (W.norm() * x.norm(dim=-1)).clamp(min=torch.finfo(W.dtype).tiny)  # not 0
+        norms = F.linear(x, W).norm(dim=-1) / longest  # (tokens,)
         total = W.shape[1] ** 0.5 * norms.double().sum().item()
         totals[module.adapter] = totals.get(module.adapter, 0.0) + total
         counts[module.adapter] = counts.get(module.adapter, 0) + norms.numel()
@@ -67,10 +67,9 @@ def feature_norms(model, batches, loss_fn):
 
 
 def signed_norms(model, adapters, batches, loss_fn, sign):
-    """Return {name: sign * NFN}.
+    """Return {name: sign * NFN}, without the linears that no input reaches.
 
-    A connection has no W, and NFN 1, that of the identity. A linear that no input reaches gets a
-    lower score than all others.
+    A connection has no W, and NFN 1, that of the identity.
     """
     norms = feature_norms(model, batches, loss_fn)
     linears = {module.adapter for module in model.modules() if isinstance(module, LoRALinear)}
@@ -80,6 +79,11 @@ def signed_norms(model, adapters, batches, loss_fn, sign):
             scores[name] = sign * norms[adapter]
         elif adapter not in linears:
             scores[name] = float(sign)
+    return scores
+
+
+def fill_up(scores, adapters):
+    """Return the scores of all modules: what has none gets a lower one than all others."""
     lowest = min(scores.values(), default=0.0) - 1
     return {name: scores.get(name, lowest) for name in adapters}
 
@@ -87,21 +91,21 @@ def signed_norms(model, adapters, batches, loss_fn, sign):
 @proxy("misalignment", measure=None)
 def misalignment(model, adapters, batches, loss_fn):
     """NFN: a control, which buys what PLoP would buy last."""
-    return signed_norms(model, adapters, batches, loss_fn, sign=1)
+    return fill_up(signed_norms(model, adapters, batches, loss_fn, sign=1), adapters)
 
 
 @proxy("alignment", measure=None)
 def alignment(model, adapters, batches, loss_fn):
     """-NFN of every module."""
-    return signed_norms(model, adapters, batches, loss_fn, sign=-1)
+    return fill_up(signed_norms(model, adapters, batches, loss_fn, sign=-1), adapters)
 
 
 @proxy("alignment-by-type", measure=None)
 def alignment_by_type(model, adapters, batches, loss_fn):
     """-NFN, the mean of all modules of a type: PLoP as published."""
     by_type = {}
-    scores = alignment(model, adapters, batches, loss_fn)
+    scores = signed_norms(model, adapters, batches, loss_fn, sign=-1)
     for name, score in scores.items():
         by_type.setdefault(name.split(".")[-1], []).append(score)
     means = {last: sum(values) / len(values) for last, values in by_type.items()}
-    return {name: means[name.split(".")[-1]] for name in scores}
+    return fill_up({name: means[name.split(".")[-1]] for name in scores}, adapters)

@@ -6,15 +6,28 @@ from operator import itemgetter
 
 import torch
 
-from extras.show import costs_once
 from heterolora import ALLOCATORS, SHORTCUTS, allocator, greedy
 
 BY_LAYERS = ("first-layers", "middle-layers", "last-layers")  # these need no scores
 
 
 def price_of(costs, ranks):
-    """Return the parameters of an allocation {name: rank}."""
+    """Return the parameters of an allocation {name: rank}, from prices alone."""
     return sum(sum(costs[name][:rank]) for name, rank in ranks.items())
+
+
+def costs_once(adapters):
+    """Return heterolora.rank_costs, but count what modules share with the first of them only."""
+    costs = {}
+    seen = set()
+    for name, adapter in adapters.items():
+        totals = []
+        for rank in range(adapter.max_rank + 1):
+            own = [p[slices] for p, slices in adapter.active(rank) if p not in seen]
+            totals.append(sum(part.numel() for part in own))
+        costs[name] = [totals[rank + 1] - totals[rank] for rank in range(adapter.max_rank)]
+        seen.update(parameter for parameter, _ in adapter.active(adapter.max_rank))
+    return costs
 
 
 def is_shortcut(name):
@@ -51,7 +64,7 @@ def layers_of(costs):
     What all names begin with does not count, as "0" in "0.auto_model.encoder.layer.3.q".
     """
     names = {tuple(name.split(".")): name for name in costs}
-    n_common = len(os.path.commonprefix(list(names)))
+    n_common = len(os.path.commonprefix(list(names)))  # in parts: names are tuples here
     layers = {}
     for parts, name in names.items():
         layers.setdefault(layer_of(parts, n_common), []).append(name)
@@ -69,12 +82,12 @@ def layer_of(parts, n_common):
     return parts[:-1]
 
 
-def in_rounds(costs, budget, layers):
-    """Buy a rank for every module, layer by layer, then a second, and so on, while it fits."""
+def in_rounds(costs, budget, groups):
+    """Buy a rank for every module, group by group, then a second, and so on, while it fits."""
     ranks = dict.fromkeys(costs, 0)
     for rank in range(max(map(len, costs.values()), default=0)):
-        for name in sum(layers, []):
-            is_next = ranks[name] == rank < len(costs[name])
+        for name in sum(groups, []):
+            is_next = ranks[name] == rank < len(costs[name])  # what was too dear once is out
             if is_next and costs[name][rank] <= budget:
                 ranks[name] += 1
                 budget -= costs[name][rank]
@@ -157,7 +170,7 @@ def breadth(scores, costs, budget, generator):
 
 @allocator("within-layer")
 def within_layer(scores, costs, budget, generator):
-    """Take whole modules as greedy does, by scores divided by the mean size of their layer's.
+    """Take whole modules as greedy does, by each score divided by the mean |score| in its layer.
 
     Where layers have one module each, all shares are 1 (or -1), and the choice is a random draw.
     """
@@ -178,15 +191,16 @@ def random_linears(scores, costs, budget, generator):
 
 @allocator("greedy-separated")
 def greedy_separated(scores, costs, budget, generator):
-    """Let LoRA modules and shortcuts compete apart, each for its share of the search space.
+    """Let linears and shortcuts compete apart, each for its share of the search space.
 
-    What rounding or prices leave over goes to the best of what is still off, of either sort.
+    A sort that is a third of the search space has a third of the budget. What rounding or prices
+    leave over goes to the best of what is still off, of either sort.
     """
-    others = {name: score for name, score in scores.items() if not is_shortcut(name)}
+    linears = {name: score for name, score in scores.items() if not is_shortcut(name)}
     shortcuts = {name: score for name, score in scores.items() if is_shortcut(name)}
     search_space = sum(map(sum, costs.values()))
     ranks = {}
-    for pool in (others, shortcuts):
+    for pool in (linears, shortcuts):
         if pool:
             size = sum(sum(costs[name]) for name in pool)
             ranks |= greedy(pool, costs, budget * size // search_space, generator)
@@ -199,7 +213,7 @@ def greedy_separated(scores, costs, budget, generator):
 def plain_lora(adapters, allocator, budget):
     """Return the ranks of the baseline: the same everywhere, or by layers. Shortcuts stay off."""
     linears = {name: adapter for name, adapter in adapters.items() if not is_shortcut(name)}
-    rule = ALLOCATORS["uniform" if allocator == "greedy" else allocator]
+    rule = ALLOCATORS["uniform" if allocator == "greedy" else allocator]  # greedy: none was given
     ranks = rule({}, costs_once(linears), budget, None)
     if not any(ranks.values()):
         reason = f"{budget:,} parameters buy no rank with --allocator {allocator}"

@@ -2,21 +2,27 @@
 
 ALoRA (Liu et al. 2024, arXiv 2403.16187). There is no public code; this follows the paper's text.
 
-1. Start with the same number of ranks everywhere, as far as the budget goes, and train.
+1. Buy a rank for every module, from the middle layers outwards, then a second, while the budget
+   lasts, and train. --rank is the most that a module can grow to.
 2. At every interval, score all ranks, drop the worst, and give what they cost to modules that lost
    none, as new ranks. After ROUNDS rounds the ranks stay.
 
-The score of a rank is loss(without it) - loss(with it alone).
+The score of rank k is loss(without k) - loss(with k alone). The paper's is S(M) - S(M without k)
++ S(M with k alone). With S = -loss that is ours, but for S(M), which is the same for all ranks.
+
+Here `ranks` says how many ranks of a module are on. A number k, as in `dropped`, says which one.
 
 Our choices, where the paper is silent or has an arrangement that short runs do not allow: the
 interval is --realloc-every; the examples are SCORE_EXAMPLES new ones from the training set in every
 round, not one fixed validation batch; an eighth of the ranks is dropped each time; a rank that is
 new stays for a round, as its B is still near 0; the scale does not depend on how many ranks are on;
+modules grow in the order of their mean score;
 what no module can take in one round is offered again in the next one, where the paper loses it.
 """
 
 import contextlib
 import math
+import statistics
 
 import torch
 
@@ -25,14 +31,15 @@ from extras.part_ranks import move_ranks
 from heterolora import HeteroLoRA, cost, in_eval_mode, rank_costs, set_ranks
 
 SCORE_EXAMPLES = 32  # in whole batches
-SHARE = 1 / 8  # of all ranks, dropped in a round
+SHARE = 1 / 8  # of the ranks of the start, dropped in a round
 ROUNDS = 8
 
 
 class ALoRA(HeteroLoRA):
     """The search of ALoRA. `follow` tells it the optimizer.
 
-    `allocate` sets `dropped`, {module name: ranks}, and `switch` moves these ranks out of the way.
+    history[0] is the start, and every round adds an entry. `allocate` sets `dropped`, {module name:
+    [k, ...]}, and `switch` moves these ranks out of the way.
     """
 
     def follow(self, optimizer):
@@ -84,7 +91,7 @@ class ALoRA(HeteroLoRA):
         means = {}  # of the modules that may grow; one that is off comes last
         for name in self.adapters:
             if name not in self.dropped:
-                means[name] = sum(scores[name]) / ranks[name] if ranks[name] else -math.inf
+                means[name] = statistics.mean(scores[name]) if scores[name] else -math.inf
         best_first = sorted(means, key=means.get, reverse=True)
         left = self.budget - cost(self.adapters, ranks)
         has_grown = True
@@ -99,7 +106,7 @@ class ALoRA(HeteroLoRA):
         return ranks
 
     def candidates(self, scores):
-        """Return [(score, module name, rank)] of all ranks but those that the last round bought."""
+        """Return [(score, module name, k)] of all ranks but those that the last round bought."""
         now = self.history[-1]["ranks"]
         before = self.history[-2]["ranks"] if len(self.history) > 1 else now
         found = []
@@ -133,11 +140,11 @@ class ALoRA(HeteroLoRA):
 
 
 @contextlib.contextmanager
-def muted(adapter, ranks):
+def muted(adapter, which):
     """Leave these ranks of a LoRA out: their columns of B are 0 for a while."""
     (_, _), (B, _) = adapter.active(adapter.max_rank)
     before = B.data.clone()
-    B.data[:, ranks] = 0
+    B.data[:, which] = 0
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
 """--init gradient: A starts along the gradient of the full matrix, in place of a random draw.
 
-With B = 0 the first step of B only sees G A^T, and G = dL/dW (d_out, d_in) is nearly of rank one in
-many modules. The rows of A become the first right singular vectors of G, each with the norm of the
-row that it replaces. B stays 0, so the function stays the checkpoint's. Modules that a dynamic
+With B = 0 the first step of B only sees G A^T, with G = dL/dW (d_out, d_in), and a random A may
+miss most of G. The rows of A become the first right singular vectors of G, each with the norm of
+the row that it replaces. B stays 0, so the function stays the checkpoint's. Modules that a dynamic
 search turns on later keep their random A. LoRA-GA (arXiv 2407.05000) and LoRA-One (arXiv
 2502.01235) start A and B from the gradient; here it is A alone.
 """
@@ -37,10 +37,10 @@ def gradient_rows(model, adapters, batches, loss_fn):
 def start_along_gradients(args, model, adapters, train_set):
     """Give A new values, from gradients after a warm-up and on the first allocation's batches.
 
-    Only the modules that are on take part. With several warm-ups it is the first one. Returns the
+    Only the modules that are on take part. Of several warm-ups only the first is used. Returns the
     seconds that it took.
     """
-    from train import generator, loss_fn
+    from train import generator, loss_fn  # here, as train imports this module
 
     begin = time.perf_counter()
     draws = generator(args.seed, "first probing")

@@ -1,10 +1,10 @@
 """Training modules that are partly on: some of their ranks train, and the others must not move.
 
 `hold_off_ranks` is enough for ranks that stay off. A rank that comes on late needs `RankAdamW`:
-torch.optim.AdamW has one step count for a parameter, and divides the moments by what they lack
-while the count is small. The rank would find a high count and moments near 0, and its first steps
-would be about 3 times as long as those of a new parameter. With whole modules this cannot happen:
-one that is off has no gradient, and waits.
+torch.optim.AdamW corrects the bias of the moments by one step count for the whole parameter. The
+rank would find a high count and moments near 0, hence no correction, and its first steps would be
+about (1 - beta1) / sqrt(1 - beta2) = 3 times as long as those of a new parameter. With whole
+modules this cannot happen: one that is off has no gradient, and waits.
 """
 
 import contextlib

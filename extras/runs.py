@@ -19,9 +19,10 @@ import os
 import torch
 
 from data import InputError
+from extras.allocators import costs_once
 from extras.checkpoints import read_pickle
 from extras.files import lock, read_json, say, write
-from extras.show import changes, costs_once, grid
+from extras.show import changes, grid
 from extras.state import (
     PLACES,
     check_checkpoint,

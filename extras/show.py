@@ -44,20 +44,6 @@ def prices(costs, ranks):
     return by_layer, by_kind
 
 
-def costs_once(adapters):
-    """Return heterolora.rank_costs, but count what modules share with the first of them only."""
-    costs = {}
-    seen = set()
-    for name, adapter in adapters.items():
-        totals = []
-        for rank in range(adapter.max_rank + 1):
-            own = [p[slices] for p, slices in adapter.active(rank) if p not in seen]
-            totals.append(sum(part.numel() for part in own))
-        costs[name] = [totals[rank + 1] - totals[rank] for rank in range(adapter.max_rank)]
-        seen.update(parameter for parameter, _ in adapter.active(adapter.max_rank))
-    return costs
-
-
 def cells(costs, cell):
     """Return a table: layers down, types of modules across, and cell(module name) in it."""
     layers, kinds, names = layout(costs)

@@ -73,7 +73,7 @@ def draws_for(args, purpose, repeat):
 
     The first one's name has no number: a run without repeats is what it was before there were any.
     """
-    from train import generator
+    from train import generator  # here, as train imports this module
 
     return generator(args.seed, f"{purpose} {repeat}" if repeat else purpose)
 

@@ -69,9 +69,9 @@ def test_the_schedule_is_the_cubic_one_between_its_ends():
 def test_no_more_triplets_than_the_schedule_allows_and_never_over_the_budget_after_its_end():
     search, optimizer = make_search()
     for step, _ in enumerate(steps_of(search, optimizer, STEPS), 1):
-        if step > search.first:
+        if step > search.first_choice:
             assert triplets_on(search) * PRICE <= search.allowed(step)
-        if step >= search.last:
+        if step >= search.last_choice:
             assert heterolora.cost(search.adapters) == 13 * PRICE
     assert len(search.history) == 2
     assert search.history[0]["parameters"] == 24 * PRICE
@@ -79,7 +79,7 @@ def test_no_more_triplets_than_the_schedule_allows_and_never_over_the_budget_aft
 
 def test_switching_off_computes_what_masking_computes():
     search, optimizer = make_search()
-    for _ in steps_of(search, optimizer, search.last - 1):
+    for _ in steps_of(search, optimizer, search.last_choice - 1):
         pass
     inputs, _ = make_batches()[0]
     ranks = search.allocate(search.score())
@@ -159,10 +159,10 @@ def test_masked_triplets_can_come_back():
     search, optimizer = make_search()
     gone = set()
     came_back = False
-    for step, _ in enumerate(steps_of(search, optimizer, search.last - 1), 1):
+    for step, _ in enumerate(steps_of(search, optimizer, search.last_choice - 1), 1):
         for name, adapter in search.adapters.items():
             for k in range(4):
-                if step > search.first and adapter.E[k] == 0:
+                if step > search.first_choice and adapter.E[k] == 0:
                     gone.add((name, k))
                 elif (name, k) in gone:
                     came_back = True

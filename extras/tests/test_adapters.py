@@ -12,8 +12,8 @@ import extras.proxies  # noqa: F401  registers fisher
 import heterolora
 import train
 from extras.adapters import ADAPTERS, LoRAXS, PRoLoRA, SVDLoRA, TiedLoRA, usual_rank
+from extras.allocators import costs_once
 from extras.evaluate import evaluate_run
-from extras.show import costs_once
 from heterolora import HeteroLoRA, LoRA, inject, set_ranks
 from model import Classifier, Encoder
 from test_heterolora import SMALL, loss_fn, make_batches

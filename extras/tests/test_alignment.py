@@ -55,6 +55,22 @@ def test_a_linear_that_no_input_reaches_is_bought_last():
             assert scores["unused"] < scores["used"]
 
 
+def test_a_linear_that_no_input_reaches_does_not_count_for_its_type():
+    layers = [nn.ModuleDict({"q": nn.Linear(4, 3), "v": nn.Linear(4, 3)}) for _ in range(2)]
+    model = nn.ModuleDict({"0": layers[0], "1": layers[1]})
+    adapters = inject(model, ["q", "v"], [], 2, 2)
+
+    def loss_fn(model, x):
+        return (model["0"]["q"](x) + model["0"]["v"](x) + model["1"]["v"](x)).sum()
+
+    def scores(name):
+        return HeteroLoRA(model, adapters, 0, loss_fn, name).score([torch.ones(5, 4)])
+
+    by_type, alone = scores("alignment-by-type"), scores("alignment")
+    assert by_type["0.q"] == alone["0.q"]
+    assert by_type["1.q"] < min(by_type["0.q"], by_type["0.v"])
+
+
 def test_the_formula_is_the_norm_of_W_z_over_that_of_W_times_a_gaussian_as_long():
     torch.manual_seed(0)
     W, z = torch.randn(30, 20), torch.randn(20)
