@@ -59,3 +59,14 @@ def test_the_readme_names_only_flags_that_exist():
     for block in readme_blocks("sh"):
         for flag in re.findall(r"(?<!\S)--[a-z-]+", block):
             assert flag in known | {"--no-deps"}, flag
+
+
+def test_the_reference_lists_all_proxies_and_allocators():
+    text = (ROOT / "docs" / "REFERENCE.md").read_text()
+    code = [path.read_text() for path in [ROOT / "heterolora.py", *ROOT.glob("extras/*.py")]]
+    for title, decorator in (("Proxies", "proxy"), ("Allocators", "allocator")):
+        section = text.split(f"### {title}\n")[1].split("\n#")[0]
+        first_cells = re.findall(r"^\| (`.*?`) \|", section, re.M)
+        listed = [name for cell in first_cells for name in re.findall(r"`(.*?)`", cell)]
+        registered = re.findall(rf'^@{decorator}\("(.*?)"', "\n".join(code), re.M)
+        assert sorted(listed) == sorted(registered) and len(listed) > 5
