@@ -20,7 +20,7 @@ import torch
 from extras.part_ranks import move_ranks
 from heterolora import HeteroLoRA, cost, rank_costs, set_ranks
 
-START = 1.5  # times the budget is on at the start, at least, as in the paper
+START = 1.5  # at least so many times the budget is on at the start, as in the paper
 INITIAL, FINAL = 0.17, 0.5  # shares of the steps: before the first choice, after the last one
 BETA1 = BETA2 = 0.85  # how slowly the means of sensitivity and of its uncertainty change
 ORTHOGONALITY = 0.1  # weight of that term (gamma)
@@ -35,7 +35,7 @@ class AdaLoRA(HeteroLoRA):
     """
 
     def follow(self, optimizer, total):
-        """Work after every step of an optimizer, of `total`, and add a term to loss_fn -> self"""
+        """Work after each of the optimizer's `total` steps, and add a term to loss_fn -> self"""
         self.optimizer = optimizer
         self.first_choice = round(INITIAL * total)
         self.last_choice = total - round(FINAL * total)

@@ -160,9 +160,9 @@ class LoRAXS(Adapter):
     """dW = scale * B R A with a core R (r, r) that trains, between frozen A and B.
 
     LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604). With W = U S V^T, A is the first r rows of S V^T
-    and B the first r columns of U. (The paper multiplies x from the left: its U and V are those of
-    W^T, its A is our A^T, its B our B^T.) R starts as N(0, 1e-5^2). Rank r costs r^2 parameters in
-    all, so the r-th one adds 2r - 1.
+    and B the first r columns of U. (The paper writes x W^T, with x as a row: its U and V are those
+    of W^T, its A is our A^T, its B our B^T.) R starts as N(0, 1e-5^2). Rank r costs r^2 parameters
+    in all, so the r-th one adds 2r - 1.
     """
 
     def __init__(self, d_in, d_out, rank, alpha, generator=None):

@@ -216,7 +216,8 @@ def plain_lora(adapters, allocator, budget):
     rule = ALLOCATORS["uniform" if allocator == "greedy" else allocator]  # greedy: none was given
     ranks = rule({}, costs_once(linears), budget, None)
     if not any(ranks.values()):
-        reason = f"{budget:,} parameters buy no rank with --allocator {allocator}"
-        advice = "raise --budget, or let --allocator middle-layers choose some layers"
-        warnings.warn(f"{reason}: {advice}", stacklevel=2)
+        advice = "raise --budget"
+        if allocator not in BY_LAYERS:
+            advice += ", or let --allocator middle-layers choose some layers"
+        warnings.warn(f"{budget:,} parameters buy no rank: {advice}", stacklevel=2)
     return ranks

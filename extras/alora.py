@@ -48,7 +48,7 @@ class ALoRA(HeteroLoRA):
         return self
 
     def reallocate(self, batches=None, step=0, scores=None):
-        """Start uniform, or move ranks -> the new entry of `history`; after the last round None."""
+        """Make the start, or move ranks -> the new entry of `history`, None after all rounds."""
         if len(self.history) > ROUNDS:
             return None
         return super().reallocate(batches, step, scores)

@@ -108,7 +108,10 @@ def check_same(runs, task):
 
 
 def rows_of_tasks(runs, names, lr=None, budget=BUDGET):
-    """Return {task: {name: row}}; at another budget of the tasks that were run there. InputError"""
+    """Return {task: {name: row}}; at another budget of the tasks that were run there.
+
+    Raises InputError if there are none, or if a run is missing.
+    """
     rows = {}
     for task in TASKS:
         at_budget = [run for name in names for run in runs_of(runs, name, task=task, budget=budget)]

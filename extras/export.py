@@ -176,7 +176,7 @@ def main(argv=None):
         if os.path.exists(folder):
             raise InputError(f"{folder} is there already: give a new folder")
     classifier = train.load_run(args.run, args.model)
-    check_adapters(classifier, for_peft=args.peft is not None)
+    check_adapters(classifier, for_peft=bool(args.peft))
     where = "" if classifier.pooling == "cls" else "; the head is in head.safetensors"
     if args.merge:
         save_merged(classifier, args.merge)

@@ -43,6 +43,14 @@ class RankAdamW(torch.optim.AdamW):
         super().__init__(groups)
         self.adapters = adapters
 
+    def load_state_dict(self, state_dict):
+        """Put a state back; one of torch.optim.AdamW too, which has one count for a parameter."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if state:
+                counts = state["step"].to(parameter.device, torch.float64)
+                state["step"] = counts.expand_as(parameter).clone()
+
     @torch.no_grad()
     def step(self):
         """Take one step."""
@@ -56,11 +64,10 @@ class RankAdamW(torch.optim.AdamW):
         """Take AdamW's step with a part of a parameter. All its tensors are changed in place."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros_like(parameter)
+            # In 32 bits 1 - beta^step would lose digits.
+            state["step"] = torch.zeros_like(parameter, dtype=torch.float64)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        # In 32 bits 1 - beta^step would lose digits. After loading, the counts are on the CPU.
-        state["step"] = state["step"].to(parameter.device, torch.float64)
         steps = state["step"][part]
         m = state["exp_avg"][part]
         v = state["exp_avg_sq"][part]

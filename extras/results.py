@@ -131,7 +131,7 @@ def best_lr(scores):
     scores: {learning rate: [score of each seed]}. A rate is out if a run failed: its score is None.
     """
     means = {}
-    for lr in sorted(scores):
+    for lr in sorted(scores, key=float):
         if None not in scores[lr]:
             means[lr] = round(statistics.mean(scores[lr]), 6)  # equal means may differ by rounding
     return max(means, key=means.get, default=None)

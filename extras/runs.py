@@ -247,6 +247,7 @@ class Run:
             learned = collect_learned(task, model, adapters) | {"run": self.checksum}
             write(self.path("adapters.pt"), lambda file: torch.save(learned, file))
             write(self.path("result.json"), json.dumps(result, indent=1))
+            self.lock.close()  # Windows does not remove a file that is open
             for name in ("state.pt", "lock"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path(name))

@@ -3,6 +3,7 @@
 $HF_TOKEN is sent to the hub's own host only.
 """
 
+import errno
 import http.client
 import os
 import re
@@ -18,6 +19,7 @@ from extras.files import write
 HUB = ("HF_ENDPOINT", "https://huggingface.co")  # a variable that names another server
 PAUSES = (0, 1, 2, 4)  # seconds before each attempt
 TIMEOUT = 30  # seconds without a byte
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR)
 
 
 class NotThere(InputError):
@@ -114,7 +116,9 @@ def attempt(url, part):
     except InputError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return f"the download broke: {error}"
+        if getattr(error, "errno", None) in DISK_ERRORS:  # another attempt would not help
+            raise
+        return f"the download broke: {getattr(error, 'reason', error)}"
 
 
 def download(url, part):

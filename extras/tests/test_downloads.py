@@ -224,6 +224,9 @@ def test_a_network_that_goes_down_in_mid_download_is_tried_again(server, tmp_pat
 
     monkeypatch.setattr(transfer, "download", first_fails)
     assert fetch(server, tmp_path) == BODY
+    errors.append(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space"):
+        transfer.fetch(f"{server.url}/file", str(tmp_path / "other"), accept)
 
 
 def test_a_file_with_another_sha256_is_refused_and_not_kept(server, tmp_path):
