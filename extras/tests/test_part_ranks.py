@@ -150,14 +150,14 @@ def test_a_run_that_is_saved_and_loaded_goes_on_the_same():
 def test_it_goes_on_from_the_state_of_torchs_adamw_and_from_its_own():
     first = two_adapters()
     other = optimizer_of(first, torch.optim.AdamW)
-    train(first, other, random_ranks(4, choices=(4,)))
+    train(first, other, random_ranks(10, choices=(4,)))
     second = copy.deepcopy(first)
     ours = optimizer_of(second)
     ours.load_state_dict(other.state_dict())
     third = copy.deepcopy(second)
     again = optimizer_of(third)
     again.load_state_dict(ours.state_dict())
-    schedule = random_ranks(4, choices=(4,))
+    schedule = random_ranks(10, choices=(4,))
     for adapters, optimizer in ((first, other), (second, ours), (third, again)):
         train(adapters, optimizer, schedule)
     for p, q, r in zip(*map(parameters_of, (first, second, third)), strict=True):
@@ -170,7 +170,7 @@ def test_a_parameter_that_never_trained_can_be_forgotten_saved_and_loaded():
     optimizer = optimizer_of(adapters)
     optimizer.forget(adapters["a"].active(4)[0][0], slice(1))
     optimizer.load_state_dict(optimizer.state_dict())
-    train(adapters, optimizer, random_ranks(1, choices=(4,)))
+    train(adapters, optimizer, random_ranks(5, choices=(4,)))
 
 
 def test_ranks_move_with_all_their_values_and_moments():
