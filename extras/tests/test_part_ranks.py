@@ -153,10 +153,10 @@ def test_it_goes_on_from_the_state_of_torchs_adamw_and_from_its_own():
     train(first, other, random_ranks(10, choices=(4,)))
     second = copy.deepcopy(first)
     ours = optimizer_of(second)
-    ours.load_state_dict(other.state_dict())
+    ours.load_state_dict(copy.deepcopy(other.state_dict()))
     third = copy.deepcopy(second)
     again = optimizer_of(third)
-    again.load_state_dict(ours.state_dict())
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
     schedule = random_ranks(10, choices=(4,))
     for adapters, optimizer in ((first, other), (second, ours), (third, again)):
         train(adapters, optimizer, schedule)
