@@ -3,6 +3,7 @@
 import argparse
 import functools
 import math
+import os
 import re
 import sys
 import warnings
@@ -70,6 +71,9 @@ def command(main):
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
         try:
             main(argv)
+        except BrokenPipeError:  # who reads the output, such as `head`, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except (InputError, OSError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)

@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
 
 import train
 from extras import evaluate, predict, setup
+from extras.files import say
+from extras.flags import command
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,13 @@ def test_predict_refuses_one_text_where_two_are_wanted_and_a_closed_input(run, c
     with pytest.raises(SystemExit, match="2"):
         predict.main([run])
     assert "closed" in capsys.readouterr().err
+
+
+def test_a_command_whose_output_nobody_reads_any_more_ends_without_a_word(capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:  # its last flush, at the end, would fail too
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit, match="1"):
+            command(lambda argv: say("a line"))()
+    assert capsys.readouterr().err == ""
