@@ -206,6 +206,8 @@ def main(argv=None):
         families[other] = family_of(rows, [*RULES, *shown], other)
     blocks = [table_of_means(rows)]
     blocks += [table_of_family(family, other) for other, family in families.items()]
+    for other in BASELINES:  # not part of the protocol
+        blocks.append(table_of_family(family_of(rows, ON_V, other), other))
     if lr is None and args.budget == BUDGET:
         blocks.append(answer(families))
     if args.svg:
