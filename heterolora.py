@@ -56,8 +56,8 @@ class LoRA(nn.Module):
     """dW = scale * B A (Hu et al. 2021, arXiv 2106.09685). Raises ValueError for a bad rank.
 
     A (r_max, d_in) starts as U(-1/sqrt(d_in), 1/sqrt(d_in)); B (d_out, r_max) at 0, so dW does too.
-    Another kind of adapter has the same constructor, attributes and methods, and uses all its
-    trainable parameters in `forward`. Everything else (cost, scores, saving) follows from these.
+    Another kind of adapter has the same constructor, attributes and methods, and uses all that it
+    trains in `forward`. Everything else (cost, scores, saving) follows from these.
     """
 
     def __init__(self, d_in, d_out, rank, alpha, generator=None):
@@ -72,7 +72,7 @@ class LoRA(nn.Module):
         self.scale = alpha / rank  # fixed, so that switching a rank does not rescale the others
 
     def active(self, rank):
-        """Return [(parameter, slices)]: the leading blocks of its parameters that `rank` uses."""
+        """Return [(parameter, slices)]: of all that trains, the part that `rank` uses; 0: none."""
         return [(self.A, (slice(rank), slice(None))), (self.B, (slice(None), slice(rank)))]
 
     def attach(self, name, host, adapters):
@@ -267,8 +267,8 @@ PROXIES = {}  # name -> function, see `proxy`; the paper's other one, SynFlow, i
 def proxy(name, measure=adapter_gradients):
     """Register a function that scores modules: a number, higher = keep, or one for each rank.
 
-    @proxy(name): function(adapter, *gradients), means over batches, or over training steps, in the
-    order of adapter.parameters(). @proxy(name, measure): the same, but instead of gradients the
+    @proxy(name): function(adapter, *gradients), means over batches, or over training steps, of what
+    trains in adapter.parameters(). @proxy(name, measure): the same, but instead of gradients the
     tensors in the list that measure(adapter, x, d) returns.
     @proxy(name, None): function(model, adapters, batches, loss_fn) -> {name: score}.
     """

@@ -1,8 +1,9 @@
 """Other kinds of adapters for --adapter, registered on import: they train less, or share it.
 
-Each has the constructor, attributes and methods of heterolora.LoRA. `active` lists what trains, in
-an order that stays, as saved blocks are numbered by it. Its last parameter with values has a
-gradient at the start, which the score `fisher` needs.
+Each has the constructor, attributes and methods of heterolora.LoRA. `active` lists all that trains,
+in an order that stays, as saved blocks are numbered by it. Its last parameter with values has a
+gradient at the start, which the score `fisher` needs. `attach` also sees hosts on the meta device,
+whose weights have no values (`uniform_costs`): assign new tensors there, and change none in place.
 What is frozen is made again from the seed and the checkpoint, and is not saved.
 W (d_out, d_in) is the weight of the frozen linear.
 """
@@ -237,9 +238,20 @@ def choose_kind(args, encoder, targets, shortcuts):
     """Return the class of --adapter, and fill in a --rank that was left out. Raises InputError."""
     settle_kind(args)
     kind = ADAPTERS[args.adapter]
+    check_kind(kind, args.adapter)
     if args.rank is None:
         args.rank = usual_rank(args, encoder, targets, shortcuts, kind)
     return kind
+
+
+def check_kind(kind, name):
+    """Raise InputError unless `active` lists what trains, and nothing for rank 0."""
+    adapter = kind(8, 8, 2, 1.0, torch.Generator())
+    listed = {parameter for parameter, _ in adapter.active(2)}
+    if listed != {parameter for parameter in adapter.parameters() if parameter.requires_grad}:
+        raise InputError(f"--adapter {name}: `active` has to list what trains, and nothing else")
+    if cost({name: adapter}, {name: 0}) > 0:
+        raise InputError(f"--adapter {name}: `active(0)` has to leave all out, as rank 0 is off")
 
 
 def settle_kind(args):

@@ -16,6 +16,7 @@ import datetime
 import itertools
 import json
 import os
+import pathlib
 import statistics
 import sys
 import warnings
@@ -120,8 +121,21 @@ def open_results(path):
             file.write("\n")
 
 
-def read_result(path, key):
-    """Return the result of the run with these flags on this kind of processor, or None.
+def code_checksum():
+    """Return a number that tells whether the code is that of an earlier run; tests do not count."""
+    root = pathlib.Path(train.__file__).parent
+    total = 0
+    for path in sorted([*root.glob("*.py"), *root.glob("extras/*.py")]):
+        if not path.name.startswith("test_"):
+            total = zlib.crc32(path.read_bytes(), total)
+    return total
+
+
+CODE = code_checksum()  # of what was imported: the files may change while runs go on
+
+
+def read_record(path, key):
+    """Return the record of the run with these flags on this kind of processor, or None.
 
     A line that is no result is left out, with a warning. Raises InputError.
     """
@@ -131,7 +145,7 @@ def read_result(path, key):
         try:
             run_of({}, "", record["result"])  # refuses what is no result
             if as_key(record["flags"]) == key and record.get("processor", here) == here:
-                found = record["result"]
+                found = record
         except WRONG_FORM:
             warnings.warn(f"{path}, line {line}, is no result: left out", stacklevel=2)
     return found
@@ -159,23 +173,31 @@ def run(spec, flags, path):
     for name in unused_flags(flags):
         kept.pop(name, None)
     key = as_key(kept)
-    if result := read_result(path, key):
-        return result
+    if record := read_record(path, key):
+        told = in_words(record["result"])
+        if record.get("code", CODE) != CODE:
+            told += " (the code has changed since: another --results FILE trains anew)"
+        print(f"kept    {spec} seed {flags.seed} lr {flags.lr:g} | {told}", flush=True)
+        return record["result"]
     try:
         with contextlib.redirect_stdout(None):
             result = train.train(copy.copy(flags))
     except FloatingPointError as error:
         result = {"failed": str(error)}
-    if done := read_result(path, key):  # by another process, meanwhile
-        return done
+    if record := read_record(path, key):  # by another process, meanwhile
+        return record["result"]
     record = {"flags": kept, "result": result, "date": datetime.date.today().isoformat()}
-    record |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    record |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "code": CODE}
     record["processor"] = processor_name()  # each kind rounds in its own way
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    told = result.get("failed") or f"{result['metric']} {result['last']:.4f}"
-    print(f"run     {spec} seed {flags.seed} lr {flags.lr:g} | {told}", flush=True)
+    print(f"run     {spec} seed {flags.seed} lr {flags.lr:g} | {in_words(result)}", flush=True)
     return result
+
+
+def in_words(result):
+    """Return what a run came to."""
+    return result.get("failed") or f"{result['metric']} {result['last']:.4f}"
 
 
 def choose_lr(spec, flags, args):

@@ -37,7 +37,7 @@ def choose(runs, task, where):
         flag, equals, text = condition.partition("=")
         if not equals:
             raise InputError(f"--where {condition}: want FLAG=VALUE, such as lr=0.003")
-        wanted.setdefault(flag, []).append(text)
+        wanted.setdefault(flag.replace("-", "_"), []).append(text)
     wanted.setdefault("holdout", ["0"])
     for flag, texts in wanted.items():
         runs = select(runs, flag, texts)

@@ -11,6 +11,7 @@ import torch.nn as nn
 import extras.proxies  # noqa: F401  registers fisher
 import heterolora
 import train
+from data import InputError
 from extras.adapters import ADAPTERS, LoRAXS, PRoLoRA, SVDLoRA, TiedLoRA, usual_rank
 from extras.allocators import costs_once
 from extras.evaluate import evaluate_run
@@ -38,6 +39,21 @@ def make_model(kind, rank=6, trained=True):
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.2)
     return model, adapters
+
+
+class FreeVector(LoRA):
+    """An adapter that trains a vector, which a subclass may forget to list."""
+
+    def __init__(self, d_in, d_out, rank, alpha, generator=None):
+        super().__init__(d_in, d_out, rank, alpha, generator)
+        self.m = nn.Parameter(torch.ones(d_out))
+
+
+class AlwaysCounted(FreeVector):
+    """The same, listed for rank 0 too."""
+
+    def active(self, rank):
+        return [*super().active(rank), (self.m, (slice(None),))]
 
 
 def roll_by_hand(chunk, count, width):
@@ -121,7 +137,7 @@ def test_prolora_with_fewer_ranks_than_are_unshared_shares_none():
     assert heterolora.cost({"q": adapter}) == 10 + 11
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("xs", "vera", "svd")])
+@pytest.mark.parametrize("kind", ["lora", "tied", "tied-abu", "prolora", "prolora-shared"])
 def test_kinds_that_can_be_lora_are_lora_bit_for_bit(kind):
     settings = {"chunks": 1, "unshared": 0} if "prolora" in kind else {}
     adapter = ADAPTERS[kind](12, 9, 4, 2.0, generator(), **settings)
@@ -313,3 +329,10 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, capsys, flags, messag
     assert run(tmp_path / "a", *flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_kind_that_trains_what_it_does_not_list_or_lists_what_is_off_is_refused(monkeypatch):
+    for kind, reason in ((FreeVector, "list what trains"), (AlwaysCounted, "rank 0 is off")):
+        monkeypatch.setitem(ADAPTERS, "own", kind)
+        with pytest.raises(InputError, match=reason):
+            train.build(train.parse_args(["--adapter", "own"]), 2)

@@ -104,6 +104,18 @@ def test_what_has_ended_is_not_done_again(runs, capsys):
     assert rows(capsys) == first
 
 
+def test_a_run_that_is_kept_is_told_and_so_is_code_that_has_changed_since(
+    runs, capsys, monkeypatch
+):
+    compare.main(["lora", "--seeds", "0"])
+    assert "kept" not in capsys.readouterr().out
+    compare.main(["lora", "--seeds", "0"])
+    assert capsys.readouterr().out.splitlines()[0] == "kept    lora seed 0 lr 0.5 | accuracy 0.5050"
+    monkeypatch.setattr(compare, "CODE", compare.CODE + 1)
+    compare.main(["lora", "--seeds", "0"])
+    assert "the code has changed since" in capsys.readouterr().out.splitlines()[0]
+
+
 def test_another_flag_is_another_run_unless_the_method_does_not_use_it(runs):
     compare.main(["lora", "dynamic", "--seeds", "0"])
     compare.main(["lora", "dynamic", "--seeds", "0", "--proxy", "snip"])

@@ -164,6 +164,12 @@ def test_a_flag_that_comes_twice_may_have_either_value(show):
     assert "80.00" in table and "50.00" in table and "70.00" not in table
 
 
+def test_a_flag_is_named_with_a_dash_as_on_the_command_line_or_without(show):
+    lines = [line(0, 0.7, probe_batches=8), line(0, 0.9, probe_batches=16)]
+    for flag in ("probe-batches", "probe_batches"):
+        assert "| 90.00 |" in show(lines, "--where", f"{flag}=16")
+
+
 def test_runs_with_a_held_out_part_are_shown_to_who_asks_for_them(show):
     table = show([line(0, 0.7), line(0, 0.9, holdout=0.2)], "--where", "holdout=0.2")
     assert "| `lora` | 1 | 90.00" in table and "70.00" not in table

@@ -68,5 +68,5 @@ def test_the_reference_lists_all_proxies_and_allocators():
         section = text.split(f"### {title}\n")[1].split("\n#")[0]
         first_cells = re.findall(r"^\| (`.*?`) \|", section, re.M)
         listed = [name for cell in first_cells for name in re.findall(r"`(.*?)`", cell)]
-        registered = re.findall(rf'^@{decorator}\("(.*?)"', "\n".join(code), re.M)
+        registered = re.findall(rf'^@.*\b{decorator}\("(.*?)"', "\n".join(code), re.M)
         assert sorted(listed) == sorted(registered) and len(listed) > 5
