@@ -862,6 +862,16 @@ def test_a_dynamic_run_reallocates_and_keeps_the_history(tmp_path):
     assert history[0]["ranks"].keys() == space["modules"].keys()
 
 
+def test_a_dynamic_run_says_if_it_will_not_search_again_or_if_a_score_sees_few_batches(capsys):
+    few = "a score sees 2 batches"
+    assert run("--realloc-every", "0.34", "--probe-batches", "2") == 0
+    assert "note" not in capsys.readouterr().out
+    assert run("--realloc-every", "0.34", "--probe-batches", "3") == 0
+    assert few in capsys.readouterr().out
+    assert run("--realloc-every", "1") == 0  # as long as the run
+    assert "no second allocation: it would come after step 6" in capsys.readouterr().out
+
+
 def test_the_learning_rate_rises_and_falls():
     args = train.parse_args(["--lr", "1", "--method", "lora"])
     model, adapters = make_model()

@@ -172,17 +172,15 @@ def loss_fn(model, batch):
 @torch.inference_mode()
 def evaluate(model, split, metric):
     """Evaluate on all examples of a split, without dropout -> {metric: value, ..., "loss": mean}"""
-    was_training = model.training
-    model.eval()
     predictions = [0] * len(split.labels)
     loss = 0.0
-    for indices in data.batches(split.lengths, batch_size=32):
-        inputs, labels = split[indices]
-        logits = model(*inputs)
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        for i, prediction in zip(indices, logits.argmax(1).tolist(), strict=True):
-            predictions[i] = prediction
-    model.train(was_training)
+    with heterolora.in_eval_mode(model):
+        for indices in data.batches(split.lengths, batch_size=32):
+            inputs, labels = split[indices]
+            logits = model(*inputs)
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            for i, prediction in zip(indices, logits.argmax(1).tolist(), strict=True):
+                predictions[i] = prediction
     loss /= len(split.labels)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss on the dev set is {loss}")
@@ -308,6 +306,8 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
     is_dynamic = args.method in ("dynamic", "alora")
     # Inline: scores come from the training steps themselves, not from passes of their own.
     is_inline = args.method == "dynamic" and heterolora.PROXIES[args.proxy].measure is not None
+    if is_dynamic and realloc_every >= total:
+        run.log(f"note    no second allocation: it would come after step {realloc_every:,}")
     if is_inline and realloc_every < args.probe_batches:
         run.log(f"note    a score sees {realloc_every} batches: all between two allocations")
 
