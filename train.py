@@ -26,6 +26,7 @@ import data
 import heterolora
 from data import InputError
 from extras.flags import names, number, parse_budget, path
+from extras.part_ranks import RankAdamW, hold_off_ranks
 from model import Classifier
 
 METHODS = ("dynamic", "static", "lora", "head", "full")
@@ -128,7 +129,7 @@ def prepare(args):
 
 def build(args, num_labels):
     """Build the model of a run -> tokenizer, model, adapters. Raises InputError."""
-    from extras.adapters import choose_kind
+    from extras.adapters import check_what_trains, choose_kind
     from extras.setup import read_checkpoint
     from extras.state import checksum, form
 
@@ -145,6 +146,7 @@ def build(args, num_labels):
         kind = choose_kind(args, encoder, targets, shortcuts)
         sizes = (args.rank, args.alpha, args.shortcut_alpha)
         adapters = heterolora.inject(encoder, targets, shortcuts, *sizes, args.seed, kind)
+        check_what_trains(adapters)
     except InputError:
         raise
     except ValueError as error:
@@ -172,15 +174,17 @@ def loss_fn(model, batch):
 @torch.inference_mode()
 def evaluate(model, split, metric):
     """Evaluate on all examples of a split, without dropout -> {metric: value, ..., "loss": mean}"""
+    was_training = model.training
+    model.eval()
     predictions = [0] * len(split.labels)
     loss = 0.0
-    with heterolora.in_eval_mode(model):
-        for indices in data.batches(split.lengths, batch_size=32):
-            inputs, labels = split[indices]
-            logits = model(*inputs)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            for i, prediction in zip(indices, logits.argmax(1).tolist(), strict=True):
-                predictions[i] = prediction
+    for indices in data.batches(split.lengths, batch_size=32):
+        inputs, labels = split[indices]
+        logits = model(*inputs)
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        for i, prediction in zip(indices, logits.argmax(1).tolist(), strict=True):
+            predictions[i] = prediction
+    model.train(was_training)
     loss /= len(split.labels)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss on the dev set is {loss}")
@@ -204,8 +208,6 @@ def make_optimizer(args, model, adapters, total):
 
     may_buy_ranks = args.method == "dynamic" and args.allocator != "greedy"
     if may_buy_ranks or args.method == "alora":  # ranks come on in modules that are partly on
-        from extras.part_ranks import RankAdamW
-
         optimizer = RankAdamW(groups, adapters)
     else:
         optimizer = torch.optim.AdamW(groups)
@@ -214,8 +216,6 @@ def make_optimizer(args, model, adapters, total):
 
 def update(model, adapters, optimizer, schedule):
     """Make one step of the optimizer with the gradients as they are. Ranks that are off stay."""
-    from extras.part_ranks import hold_off_ranks
-
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(trained, CLIP)
     with hold_off_ranks(adapters):
@@ -308,7 +308,7 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
     is_inline = args.method == "dynamic" and heterolora.PROXIES[args.proxy].measure is not None
     if is_dynamic and realloc_every >= total:
         run.log(f"note    no second allocation: it would come after step {realloc_every:,}")
-    if is_inline and realloc_every < args.probe_batches:
+    elif is_inline and realloc_every < args.probe_batches:
         run.log(f"note    a score sees {realloc_every} batches: all between two allocations")
 
     for step in range(progress.step + 1, total + 1):

@@ -238,20 +238,20 @@ def choose_kind(args, encoder, targets, shortcuts):
     """Return the class of --adapter, and fill in a --rank that was left out. Raises InputError."""
     settle_kind(args)
     kind = ADAPTERS[args.adapter]
-    check_kind(kind, args.adapter)
     if args.rank is None:
         args.rank = usual_rank(args, encoder, targets, shortcuts, kind)
     return kind
 
 
-def check_kind(kind, name):
+def check_what_trains(adapters):
     """Raise InputError unless `active` lists what trains, and nothing for rank 0."""
-    adapter = kind(8, 8, 2, 1.0, torch.Generator())
-    listed = {parameter for parameter, _ in adapter.active(2)}
-    if listed != {parameter for parameter in adapter.parameters() if parameter.requires_grad}:
-        raise InputError(f"--adapter {name}: `active` has to list what trains, and nothing else")
-    if cost({name: adapter}, {name: 0}) > 0:
-        raise InputError(f"--adapter {name}: `active(0)` has to leave all out, as rank 0 is off")
+    for name, adapter in adapters.items():
+        kind = type(adapter).__name__
+        listed = {parameter for parameter, _ in adapter.active(adapter.max_rank)}
+        if listed != {parameter for parameter in adapter.parameters() if parameter.requires_grad}:
+            raise InputError(f"{kind}: `active` has to list what trains, and nothing else")
+        if cost({name: adapter}, {name: 0}) > 0:
+            raise InputError(f"{kind}: `active(0)` has to leave all out, as rank 0 is off")
 
 
 def settle_kind(args):

@@ -126,7 +126,7 @@ def code_checksum():
     root = pathlib.Path(train.__file__).parent
     total = 0
     for path in sorted([*root.glob("*.py"), *root.glob("extras/*.py")]):
-        if not path.name.startswith("test_"):
+        if not path.name.startswith((".", "test_")):
             total = zlib.crc32(path.read_bytes(), total)
     return total
 
@@ -175,8 +175,8 @@ def run(spec, flags, path):
     key = as_key(kept)
     if record := read_record(path, key):
         told = in_words(record["result"])
-        if record.get("code", CODE) != CODE:
-            told += " (the code has changed since: another --results FILE trains anew)"
+        if record.get("code") != CODE:
+            told += " (by other code, or unknown: another --results FILE trains anew)"
         print(f"kept    {spec} seed {flags.seed} lr {flags.lr:g} | {told}", flush=True)
         return record["result"]
     try:

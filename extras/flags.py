@@ -70,7 +70,11 @@ def command(main):
     def run(argv=None):
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
         try:
-            main(argv)
+            try:
+                main(argv)
+            finally:  # not at the end of Python, where nothing catches an error
+                if sys.stdout:
+                    sys.stdout.flush()
         except BrokenPipeError:  # who reads the output, such as `head`, has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)

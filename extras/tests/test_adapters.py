@@ -331,8 +331,20 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, capsys, flags, messag
     assert message in error and error.count("\n") == 1
 
 
+class FromHost(LoRA):
+    """An adapter that makes a parameter of the host's weight."""
+
+    def attach(self, name, host, adapters):
+        self.m = nn.Parameter(host.weight.norm(dim=1))
+
+    def active(self, rank):
+        return [*super().active(rank), (self.m, (slice(None) if rank else slice(0),))]
+
+
 def test_a_kind_that_trains_what_it_does_not_list_or_lists_what_is_off_is_refused(monkeypatch):
     for kind, reason in ((FreeVector, "list what trains"), (AlwaysCounted, "rank 0 is off")):
         monkeypatch.setitem(ADAPTERS, "own", kind)
         with pytest.raises(InputError, match=reason):
             train.build(train.parse_args(["--adapter", "own"]), 2)
+    monkeypatch.setitem(ADAPTERS, "own", FromHost)
+    train.build(train.parse_args(["--adapter", "own", "--shortcuts", "none"]), 2)

@@ -9,7 +9,6 @@ import pytest
 
 import train
 from extras import evaluate, predict, setup
-from extras.files import say
 from extras.flags import command
 
 
@@ -126,5 +125,5 @@ def test_a_command_whose_output_nobody_reads_any_more_ends_without_a_word(capsys
     with os.fdopen(writer, "w") as out:  # its last flush, at the end, would fail too
         monkeypatch.setattr(sys, "stdout", out)
         with pytest.raises(SystemExit, match="1"):
-            command(lambda argv: say("a line"))()
+            command(lambda argv: print("a line"))()
     assert capsys.readouterr().err == ""
