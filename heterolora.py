@@ -267,8 +267,8 @@ PROXIES = {}  # name -> function, see `proxy`; the paper's other one, SynFlow, i
 def proxy(name, measure=adapter_gradients):
     """Register a function that scores modules: a number, higher = keep, or one for each rank.
 
-    @proxy(name): function(adapter, *gradients), means over batches, or over training steps, of what
-    trains in adapter.parameters(). @proxy(name, measure): the same, but instead of gradients the
+    @proxy(name): function(adapter, *gradients), means over batches, or over training steps, for the
+    adapter.parameters() that train. @proxy(name, measure): the same, but instead of gradients the
     tensors in the list that measure(adapter, x, d) returns.
     @proxy(name, None): function(model, adapters, batches, loss_fn) -> {name: score}.
     """

@@ -92,7 +92,10 @@ def prepare(args, argv):
         raise InputError("compare takes no --out, --resume, --seed or --method: see its --help")
     if args.holdout and len(args.lr) > 1:
         raise InputError("--holdout with several --lr: both would choose on the same part")
-    train.prepare(common)
+    task, _, model, _ = train.prepare(common)
+    # Results on other data or another checkpoint do not count, whatever its name. The data are
+    # those before --holdout, so that tuning and --holdout know each other's runs.
+    data_checksum = zlib.crc32(repr((task.train, task.dev)).encode())
     argv = argv + [f"--lr={lr}" for lr in args.lr[:1]]
     contenders = {}
     for spec in args.contenders:
@@ -100,12 +103,11 @@ def prepare(args, argv):
         flags.holdout = args.holdout
         flags.budget = int(common.budget)
         try:
-            task, _, model, _ = train.prepare(flags)
+            train.prepare(flags)
         except InputError as error:
             raise InputError(f"{spec}: {error}") from None
         flags.budget = int(common.budget)  # `prepare` lowers it to all of a smaller search space
-        # Results on other data or another checkpoint do not count, whatever its name.
-        flags.data_checksum = zlib.crc32(repr((task.train, task.dev)).encode())
+        flags.data_checksum = data_checksum
         flags.checkpoint = model.checkpoint
         contenders[spec] = flags
     return contenders

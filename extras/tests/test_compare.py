@@ -166,6 +166,22 @@ def test_other_data_under_the_same_name_are_another_run(runs, monkeypatch):
     assert len(runs) == 2
 
 
+def test_runs_on_held_out_examples_are_those_of_tuning(runs, monkeypatch):
+    prepare = train.prepare
+
+    def prepare_and_split(flags):
+        task, *others = prepare(flags)
+        if flags.holdout:
+            task = type("Split", (), {"train": [], "dev": Task.train})
+        return task, *others
+
+    monkeypatch.setattr(train, "prepare", prepare_and_split)
+    compare.main("lora --lr 3 1 --seeds 0 1".split())
+    assert len(runs) == 6
+    compare.main("lora --lr 1 --seeds 0 1 --holdout 0.2".split())
+    assert len(runs) == 6
+
+
 def test_a_torn_last_line_is_left_out_and_done_again(runs, tmp_path):
     compare.main(["lora"])
     path = tmp_path / "results.jsonl"
