@@ -3,10 +3,10 @@
     python -m extras.compare lora random static:grad-norm --task mrpc --model roberta-base
     python -m extras.compare lora dynamic:rank=4:lr=1e-3 --seeds 0 1 2 3 --lr 1e-3 3e-3
 
-A contender is METHOD[:FLAG=VALUE]... with flags of train.py; a VALUE alone is a proxy or an
-allocator. `random` is static:constant. Other flags of train.py hold for all contenders. Runs that
-have ended are kept in a file of JSON lines, and are not done again, but for those of another kind
-of processor, which rounds in its own way.
+A contender is METHOD[:PROXY][:ALLOCATOR][:FLAG=VALUE]... with flags of train.py; `random` is
+static:constant. Other flags of train.py hold for all. Runs that have ended are kept in a file of
+JSON lines, and are not done again, even if the code has changed since. Those of another kind of
+processor are, as it rounds in its own way.
 """
 
 import argparse
@@ -37,7 +37,8 @@ from heterolora import ALLOCATORS, PROXIES
 
 TUNING_SHARE = 0.2  # of the training set is held out, to choose among several learning rates
 
-# Flags that change no result. Weights count by their checksum, not by the name of --model.
+# Flags that do not tell runs apart, not even a GPU from the CPU beside it. Weights count by their
+# checksum, not by the name of --model.
 NO_MATTER = {"data_dir", "device", "out", "resume", "command", "model"}
 # Flags that are the same for all contenders.
 SHARED = {"task", "metric", "train_limit", "holdout", "model", "method", "budget", "seed"}
@@ -93,8 +94,8 @@ def prepare(args, argv):
     if args.holdout and len(args.lr) > 1:
         raise InputError("--holdout with several --lr: both would choose on the same part")
     task, _, model, _ = train.prepare(common)
-    # Results on other data or another checkpoint do not count, whatever its name. The data are
-    # those before --holdout, so that tuning and --holdout know each other's runs.
+    # Runs are known by the content of data and checkpoint, not by names. The checksum is taken
+    # before --holdout, so that runs with it can be those of tuning.
     data_checksum = zlib.crc32(repr((task.train, task.dev)).encode())
     argv = argv + [f"--lr={lr}" for lr in args.lr[:1]]
     contenders = {}
@@ -106,7 +107,7 @@ def prepare(args, argv):
             train.prepare(flags)
         except InputError as error:
             raise InputError(f"{spec}: {error}") from None
-        flags.budget = int(common.budget)  # `prepare` lowers it to all of a smaller search space
+        flags.budget = int(common.budget)  # `prepare` lowers it where the space is smaller
         flags.data_checksum = data_checksum
         flags.checkpoint = model.checkpoint
         contenders[spec] = flags
@@ -154,7 +155,7 @@ def read_record(path, key):
 
 
 def as_key(flags):
-    """Return flags as text. One that is not set counts as one that there was not yet."""
+    """Return flags as text. None is left out: records of before a flag was added match."""
     return json.dumps({k: v for k, v in flags.items() if v is not None}, sort_keys=True)
 
 
@@ -278,7 +279,7 @@ def main(argv=None):
     add("contenders", nargs="+", metavar="CONTENDER",
         help="METHOD[:PROXY][:ALLOCATOR][:FLAG=VALUE]...; random is static:constant")  # fmt: skip
     add("--seeds", type=number(int, -1), nargs="+", default=[0, 1, 2])
-    add("--lr", type=number(float, 0), nargs="+", default=[], help="each chooses its own")
+    add("--lr", type=number(float, 0), nargs="+", default=[], help="of several, each chooses one")
     add("--tuning-seeds", type=number(int, 0), default=2, help="so many seeds choose an --lr (2)")
     add("--holdout", type=number(float, 0), help="evaluate on this share of the training set")
     add("--results", metavar="FILE", default="results.jsonl")
