@@ -772,7 +772,7 @@ def run(*flags, out=None):
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--device", "abacus"], "--device abacus"),
         (["--device", "hpu"], "--device hpu"),
-        (["--method", "full", "--precision", "bfloat16"], "has none"),
+        (["--method", "full", "--precision", "int8"], "no frozen weights"),
         (["--method", "head", "--budget", "much"], "budget 'much'"),
         (["--method", "lora", "--allocator", "breadth"], "lora has no scores"),
         (["--method", "alora", "--allocator", "breadth"], "alora has its own rule"),

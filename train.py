@@ -31,7 +31,7 @@ from model import Classifier
 
 METHODS = ("dynamic", "static", "lora", "head", "full")
 NEIGHBOURS = ("alora", "adalora")  # other searches, in extras/
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "int8")
 INITS = ("random", "gradient")
 
 HEAD_LR = 1e-3  # the head starts from nothing, whatever the adapters do
@@ -247,7 +247,7 @@ def train(args):
     device = model.head[0].weight.device
     run.begin(args, model)
     if device.type == "cpu":  # the same results to rounding, sooner
-        run.log(f"cpu     faster {fast_cpu.accelerate(model)}")
+        run.log(f"cpu     faster {fast_cpu.accelerate(model, args.precision)}")
     train_set = data.Split(task.train, tokenizer, args.max_length, device)
     dev_set = data.Split(task.dev, tokenizer, args.max_length, device)
     budget = int(args.budget or 0)

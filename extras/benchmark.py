@@ -54,7 +54,7 @@ def benchmark(args, steps):
         raise InputError(f"--proxy {args.proxy} is not recorded in training: use grad-norm")
     device = model.head[0].weight.device
     plain, plain_adapters = copy.deepcopy((model, adapters))
-    swapped = accelerate(model) if device.type == "cpu" else "nothing"
+    swapped = accelerate(model, args.precision) if device.type == "cpu" else "nothing"
     search = heterolora.HeteroLoRA(
         model, adapters, int(args.budget), train.loss_fn, args.proxy, args.allocator, args.seed
     )

@@ -37,7 +37,7 @@ def evaluate_run(folder, task_name=None, data_dir=None, checkpoint=None):
         )
     split = data.Split(task.dev, model.tokenizer, model.args.max_length, "cpu")
     round_frozen(model.encoder, model.args.precision)  # as in training: the run's figures come out
-    accelerate(model)
+    accelerate(model, model.args.precision)
     return train.evaluate(model, split, task.metric)
 
 

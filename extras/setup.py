@@ -23,8 +23,10 @@ def check_flags(args):
     needs_checkpoint = args.task in data.GLUE or os.path.isdir(args.task)
     if args.model == "built-in" and needs_checkpoint and args.task not in data.BUILT_IN:
         raise InputError(f"task {args.task} needs --model: a checkpoint folder or a hub id")
-    if args.method == "full" and args.precision == "bfloat16":
-        raise InputError("--precision bfloat16 is of frozen weights, and --method full has none")
+    if args.method == "full" and args.precision not in (None, "float32"):
+        raise InputError(
+            f"--method full has no frozen weights: leave out --precision {args.precision}"
+        )
     rules = ("uniform", *BY_LAYERS)
     if args.method == "lora" and args.allocator not in ("greedy", *rules):
         raise InputError(f"--method lora has no scores: --allocator may be {', '.join(rules)}")
@@ -79,6 +81,9 @@ def place(args, task, model):
     is_built_in = args.model == "built-in"
     is_full = args.method == "full"
     device = devices.find_device(args.device)
+    has_int8 = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if args.precision == "int8" and not has_int8:
+        raise InputError(f"--precision int8 is of CPUs with oneDNN, not of {device}: leave it out")
     if is_full:
         args.precision = "float32"
     args.precision = args.precision or devices.best_precision(device)

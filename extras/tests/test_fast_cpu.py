@@ -2,13 +2,18 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from extras import benchmark, fast_cpu
+import train
+from data import InputError
+from extras import benchmark, devices, evaluate, fast_cpu
 from heterolora import SHORTCUTS, TARGETS, LoRALinear, inject
 from model import Classifier, Encoder, EncoderConfig
 
@@ -185,6 +190,90 @@ def test_a_linear_that_trains_and_other_inputs_take_the_plain_way(convolutions):
     linear.to(torch.float64)
     assert linear(torch.randn(3, 5, 8, dtype=torch.float64)).dtype == torch.float64
     assert convolutions == []
+
+
+def rounded_product(x, W):
+    """Return W x with the rows of W in 8 bits and x in 7, as its definition says, in 64 bits."""
+    x, W = x.double(), W.double()
+    w_scale = W.abs().amax(1, keepdim=True) / 127
+    x_scale = x.abs().amax(1, keepdim=True) / 63
+    x_steps = (x / x_scale + 0.5).floor()
+    return (x_steps * x_scale) @ ((W / w_scale).round() * w_scale).T
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_in_8_bits_is_the_product_of_rounded_numbers_both_ways(bias):
+    torch.manual_seed(0)
+    linear = fast_cpu.Int8Linear(40, 30, bias=bias).requires_grad_(False)
+    x = torch.randn(2, 7, 40) * torch.logspace(-3, 3, 7)[:, None]  # every token in its own range
+    x.requires_grad_()
+    y = linear(x)
+    expected = rounded_product(x.detach().view(14, 40), linear.weight).view(2, 7, 30)
+    expected = expected if linear.bias is None else expected + linear.bias
+    torch.testing.assert_close(y, expected.float(), rtol=1e-4, atol=1e-6)
+    d = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(y, x, d)
+    expected = rounded_product(d.view(14, 30), linear.weight.T).view(2, 7, 40)
+    torch.testing.assert_close(gradient, expected.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_largest_sums_in_8_bits_are_right_with_the_instructions_of_AVX2():
+    source = """if True:
+        import torch
+        from extras.fast_cpu import Int8Weight
+        y = Int8Weight(torch.ones(8, 999)).times(torch.ones(1, 999))
+        print(y.round().tolist())
+    """
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-c", source], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == f"{[[999.0] * 8]}\n", done.stderr
+
+
+def test_in_8_bits_zeros_stay_zeros_and_a_fault_is_not_hidden():
+    linear = fast_cpu.Int8Linear(4, 3, bias=False).requires_grad_(False)
+    x = torch.tensor([[0.0] * 4, [1, 2, 3, math.nan], [1, 2, 3, math.inf]])
+    y = linear(x)
+    assert y[0].tolist() == [0, 0, 0]
+    assert not y[1:].isfinite().any()
+
+
+def test_in_8_bits_the_gradients_of_the_adapters_point_the_same_way():
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=128)
+    model = make_model(config)
+    plain = loss_and_gradients(model, 20)
+    swapped = fast_cpu.accelerate(model, "int8")
+    assert swapped == "attention, dropout, frozen linears in 8 bits"
+    rounded = loss_and_gradients(model, 20)
+    assert rounded[0] != plain[0]
+    assert rounded[0].item() == pytest.approx(plain[0].item(), rel=0.02)
+    for gradient, expected in zip(rounded[1:], plain[1:], strict=True):
+        assert F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.98
+
+
+def test_a_linear_that_trains_or_is_in_another_precision_is_not_rounded():
+    linear = fast_cpu.Int8Linear(8, 6)
+    x = torch.randn(3, 8)
+    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+    linear.requires_grad_(False).double()
+    assert torch.equal(linear(x.double()), F.linear(x.double(), linear.weight, linear.bias))
+    assert linear(torch.randn(0, 8, dtype=torch.float64)).shape == (0, 6)
+
+
+def test_8_bits_are_refused_where_the_device_cannot(monkeypatch):
+    monkeypatch.setattr(devices, "find_device", lambda name: torch.device("cuda"))
+    with pytest.raises(InputError, match="int8 is of CPUs"):
+        train.prepare(train.parse_args(["--precision", "int8"]))
+
+
+def test_a_run_in_8_bits_is_evaluated_as_it_was_trained(tmp_path, capsys):
+    flags = "--precision int8 --train-limit 64 --holdout 0.5 --max-steps 3 --head-warmup 2"
+    result = train.train(train.parse_args([*flags.split(), "--out", str(tmp_path / "a")]))
+    values = evaluate.evaluate_run(tmp_path / "a")
+    assert values["loss"] == result["dev"]["loss"]
+    assert "frozen linears in 8 bits" in capsys.readouterr().out
 
 
 def test_the_benchmark_prints_every_way_and_the_share_of_the_search(capsys):
