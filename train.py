@@ -246,7 +246,7 @@ def train(args):
     task, tokenizer, model, adapters = prepare(args)
     device = model.head[0].weight.device
     run.begin(args, model)
-    if device.type == "cpu":  # the same results to rounding, sooner
+    if device.type == "cpu":  # the same results, to rounding
         run.log(f"cpu     faster {fast_cpu.accelerate(model, args.precision)}")
     train_set = data.Split(task.train, tokenizer, args.max_length, device)
     dev_set = data.Split(task.dev, tokenizer, args.max_length, device)

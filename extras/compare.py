@@ -90,7 +90,8 @@ def prepare(args, argv):
     """
     common = train.parse_args(argv)
     if common.out or common.resume or common.seed != 0 or common.method != "dynamic":
-        raise InputError("compare takes no --out, --resume, --seed or --method: see its --help")
+        taken = "want --results, --seeds and contenders"
+        raise InputError(f"compare takes no --out, --resume, --seed or --method: {taken}")
     if args.holdout and len(args.lr) > 1:
         raise InputError("--holdout with several --lr: both would choose on the same part")
     task, _, model, _ = train.prepare(common)

@@ -6,7 +6,11 @@ import torch
 
 from data import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+DTYPES = {  # in which frozen weights are stored; fast_cpu.py makes rounded copies for int8
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.float32,
+}
 
 
 def find_device(name=None):
@@ -31,7 +35,7 @@ def best_precision(device):
 
 
 def round_frozen(encoder, precision):
-    """Store the frozen weights of an encoder in a precision, which also computes with them."""
+    """Store the frozen weights of an encoder in the type of a precision."""
     for parameter in encoder.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[precision])

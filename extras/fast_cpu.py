@@ -1,21 +1,23 @@
 """Faster arithmetic for the encoder on a CPU: the same model, swapped in place by `accelerate`.
 
-model.py says what is computed, this file computes it sooner. Three things are slow there on a CPU:
+model.py says what is computed, this file computes it faster. Three things are slow there on a CPU:
 attention, whose fused kernel knows no dropout and is slow on short sequences; random numbers for
-dropout; and nn.Linear on AMD processors with AVX-512. Elsewhere than on a CPU all modules do what
-they did. On request, frozen weights are multiplied in 8 bits: sooner still, but not the same sums.
+dropout; and nn.Linear on AMD processors with AVX-512. With precision "int8" frozen weights are
+multiplied in 8 bits: faster where there is no bfloat16, but rounded. On other devices than a CPU
+nothing changes.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from model import Attention
 
 SHORT = 128  # tokens up to which attention written out is faster than the fused kernel
-WEIGHT_STEPS = 127  # from 0 to the largest weight of a row, in 8 bits
-INPUT_STEPS = 63  # the same of an input, in 7 bits: AVX2 adds products of two in 16 bits
-ZERO = 64  # stands for 0 in a rounded input, whose numbers have no sign
+LARGEST_WEIGHT = 127  # in 8 bits: a weight becomes a whole number from -127 to 127
+LARGEST_INPUT = 63  # in 7 bits: AVX2 adds two products in 16 bits, and more would overflow
+ZERO = 64  # added to every rounded input, as oneDNN wants them without a sign
 
 
 def processor_name():
@@ -36,8 +38,8 @@ def accelerate(model, precision="float32"):
     """Swap the slow modules of a Classifier's encoder, or of an Encoder, in place.
 
     Names, parameters and what isinstance says of a module stay, so this can come before or after
-    heterolora.inject. The head stays as it is. Returns the names of what was swapped. precision
-    "int8": with the frozen float32 linears in 8 bits (Int8Linear).
+    heterolora.inject. The head stays as it is. Returns the names of what was swapped. With
+    precision "int8" linears become Int8Linear, which rounds if its weight is frozen and float32.
     """
     fast = {}  # class -> what to call it, and the class that replaces it
     fast[Attention] = ("attention", FastAttention)
@@ -109,39 +111,44 @@ class FastLinear(nn.Linear):
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
-class Int8Weight:
-    """A matrix W (d_out, d_in) in 8 bits, which multiplies inputs in 7 bits.
-
-    Every row of W, and every input, is divided by a scale of its own, so that its largest value is
-    at the last step, and rounded. What follows is exact: sums of products of whole numbers.
-    """
-
-    def __init__(self, W):
-        scales = largest(W) / WEIGHT_STEPS  # (d_out, 1)
-        self.scales = scales.flatten()
-        self.zeros = torch.zeros(len(W), dtype=torch.int32)
-        steps = (W / scales).round().to(torch.int8)
-        self.packed = torch.ops.onednn.qlinear_prepack(steps.contiguous(), None)  # it reads rows
-
-    def times(self, x):
-        """x (n, d_in) -> W x (n, d_out), both in float32"""
-        scales = largest(x) / INPUT_STEPS  # (n, 1)
-        steps = (x / scales).add_(ZERO + 0.5)
-        steps = steps.to(torch.int8).view(torch.uint8)  # to(torch.uint8) would be slower
-        given = (steps, 1.0, ZERO)  # numbers, scale, zero
-        weight = (self.packed, self.scales, self.zeros)
-        wanted = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, scale, zero, nothing more
-        y = torch.ops.onednn.qlinear_pointwise(*given, *weight, *wanted)
-        return y.mul_(scales)
-
-
 def largest(rows):
     """rows (n, d) -> the largest absolute value of each (n, 1), never 0"""
     return rows.abs().amax(1, keepdim=True).clamp_(min=1e-30)
 
 
+class Int8Weight:
+    """A matrix W (d_out, d_in) in 8 bits, which multiplies inputs in 7 bits.
+
+    Every row of W and every input x is divided by a scale of its own, so that its largest value
+    becomes 127 or 63, and rounded. Only this loses accuracy: whole numbers are multiplied and added
+    exactly.
+    """
+
+    def __init__(self, W):
+        scales = largest(W) / LARGEST_WEIGHT  # (d_out, 1)
+        self.scales = scales.flatten()
+        self.zeros = torch.zeros(len(W), dtype=torch.int32)
+        whole = (W / scales).round().to(torch.int8)
+        # A transposed W is a view; oneDNN reads memory row by row.
+        self.packed = torch.ops.onednn.qlinear_prepack(whole.contiguous(), None)
+
+    def times(self, x):
+        """x (n, d_in) -> W x (n, d_out), both in float32"""
+        scales = largest(x) / LARGEST_INPUT  # (n, 1)
+        whole = (x / scales).add_(ZERO + 0.5)  # all are positive: to cut off is to round now
+        whole = whole.to(torch.int8).view(torch.uint8)  # the conversion to int8 is the faster one
+        inputs = (whole, 1.0, ZERO)  # scale 1: the real one differs by row and comes last
+        weights = (self.packed, self.scales, self.zeros)
+        output = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, float32, no activation
+        y = torch.ops.onednn.qlinear_pointwise(*inputs, *weights, *output)
+        return y.mul_(scales)
+
+
 class Int8Product(torch.autograd.Function):
-    """x (n, d_in) -> W x (n, d_out), and for the gradient W^T dy. W and W^T are Int8Weights."""
+    """x (n, d_in) -> W x (n, d_out), backward dy -> W^T dy, each by a rounded Int8Weight.
+
+    W^T is rounded by its own rows, so it is not quite the transpose of the rounded W.
+    """
 
     @staticmethod
     def forward(ctx, x, W, W_transposed):
@@ -149,6 +156,7 @@ class Int8Product(torch.autograd.Function):
         return W.times(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return ctx.W_transposed.times(dy), None, None
 
@@ -156,20 +164,25 @@ class Int8Product(torch.autograd.Function):
 class Int8Linear(nn.Linear):
     """nn.Linear whose frozen float32 weight is applied in 8 bits, forward and backward.
 
-    The weight is read at the first pass. Rounded copies of it and of its transpose are kept.
+    The weight is read at the first pass; later changes of it are not seen. Rounded copies of it and
+    of its transpose are kept, outside of state_dict.
     """
 
-    packed = None
+    rounded = None
+
+    def __getstate__(self):
+        """Leave the rounded copies out of deep copies and pickles, which torch cannot make."""
+        return super().__getstate__() | {"rounded": None}
 
     def forward(self, x):
         """x (..., d_in) -> (..., d_out)"""
-        is_float32_on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
+        is_float32_on_cpu = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
         if self.weight.requires_grad or not is_float32_on_cpu or x.numel() == 0:
             return super().forward(x)
-        if self.packed is None:
+        if self.rounded is None:
             W = self.weight.detach()
-            self.packed = (Int8Weight(W), Int8Weight(W.T))
-        y = Int8Product.apply(x.reshape(-1, self.in_features), *self.packed)  # (n, d_out)
+            self.rounded = (Int8Weight(W), Int8Weight(W.T))
+        y = Int8Product.apply(x.reshape(-1, self.in_features), *self.rounded)  # (n, d_out)
         if self.bias is not None:
             y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)

@@ -83,7 +83,9 @@ def place(args, task, model):
     device = devices.find_device(args.device)
     has_int8 = device.type == "cpu" and torch.backends.mkldnn.is_available()
     if args.precision == "int8" and not has_int8:
-        raise InputError(f"--precision int8 is of CPUs with oneDNN, not of {device}: leave it out")
+        raise InputError(
+            "--precision int8 needs a CPU with oneDNN: add --device cpu, or leave it out"
+        )
     if is_full:
         args.precision = "float32"
     args.precision = args.precision or devices.best_precision(device)
