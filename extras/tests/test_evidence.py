@@ -316,6 +316,7 @@ def test_the_commands_of_the_results_print_the_tables_beside_them(capsys, docume
         ("TREC", "6144", "AMD EPYC"),
         ("SICK", "6144", "AMD EPYC"),
         ("SUBJ", "6144", "AMD EPYC"),
+        ("SUBJ", "24576", "AMD EPYC"),
         ("TREC", "24576", "Intel Xeon"),
         ("SICK", "24576", "Intel Xeon"),
     ],
