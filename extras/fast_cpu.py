@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from model import Attention
 
 SHORT = 128  # tokens up to which attention written out is faster than the fused kernel
-LARGEST_WEIGHT = 127  # in 8 bits: a weight becomes a whole number from -127 to 127
-LARGEST_INPUT = 63  # in 7 bits: AVX2 adds two products in 16 bits, and more would overflow
-ZERO = 64  # added to every rounded input, as oneDNN wants them without a sign
+LARGEST_INPUT = 127  # in 8 bits: an input becomes a whole number from -127 to 127
+LARGEST_WEIGHT = 63  # in 7 bits: AVX2 adds two products in 16 bits, and more would overflow
+ZERO = 128  # added to every rounded input, as oneDNN wants them without a sign
 
 
 def processor_name():
@@ -117,10 +117,10 @@ def largest(rows):
 
 
 class Int8Weight:
-    """A matrix W (d_out, d_in) in 8 bits, which multiplies inputs in 7 bits.
+    """A matrix W (d_out, d_in) in 7 bits, which multiplies inputs in 8 bits.
 
     Every row of W and every input x is divided by a scale of its own, so that its largest value
-    becomes 127 or 63, and rounded. Only this loses accuracy: whole numbers are multiplied and added
+    becomes 63 or 127, and rounded. Only this loses accuracy: whole numbers are multiplied and added
     exactly.
     """
 
@@ -135,8 +135,8 @@ class Int8Weight:
     def times(self, x):
         """x (n, d_in) -> W x (n, d_out), both in float32"""
         scales = largest(x) / LARGEST_INPUT  # (n, 1)
-        whole = (x / scales).add_(ZERO + 0.5)  # all are positive: to cut off is to round now
-        whole = whole.to(torch.int8).view(torch.uint8)  # the conversion to int8 is the faster one
+        whole = (x / scales).round_().to(torch.int8)
+        whole = whole.view(torch.uint8).add_(ZERO)  # -127 is 129 here, and 129 + 128 is 1 again
         inputs = (whole, 1.0, ZERO)  # scale 1: the real one differs by row and comes last
         weights = (self.packed, self.scales, self.zeros)
         output = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, float32, no activation

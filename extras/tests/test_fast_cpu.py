@@ -198,12 +198,11 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 
 def rounded_product(x, W):
-    """Return W x with the rows of W in 8 bits and x in 7, as its definition says, in 64 bits."""
+    """Return W x with the rows of W in 7 bits and x in 8, as its definition says, in 64 bits."""
     x, W = x.double(), W.double()
-    w_scale = W.abs().amax(1, keepdim=True) / 127
-    x_scale = x.abs().amax(1, keepdim=True) / 63
-    x_steps = (x / x_scale + 0.5).floor()
-    return (x_steps * x_scale) @ ((W / w_scale).round() * w_scale).T
+    x_scale = x.abs().amax(1, keepdim=True) / 127
+    w_scale = W.abs().amax(1, keepdim=True) / 63
+    return ((x / x_scale).round() * x_scale) @ ((W / w_scale).round() * w_scale).T
 
 
 @needs_onednn
