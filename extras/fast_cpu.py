@@ -172,7 +172,7 @@ class Int8Linear(nn.Linear):
 
     def __getstate__(self):
         """Leave the rounded copies out of deep copies and pickles, which torch cannot make."""
-        return super().__getstate__() | {"rounded": None}
+        return self.__dict__ | {"rounded": None}
 
     def forward(self, x):
         """x (..., d_in) -> (..., d_out)"""
