@@ -119,9 +119,9 @@ def largest(rows):
 class Int8Weight:
     """A matrix W (d_out, d_in) in 7 bits, which multiplies inputs in 8 bits.
 
-    Every row of W and every input x is divided by a scale of its own, so that its largest value
-    becomes 63 or 127, and rounded. Only this loses accuracy: whole numbers are multiplied and added
-    exactly.
+    Every row of W is divided by a scale of its own, so that its largest magnitude is 63, and
+    rounded. So is every input, to 127. Only this loses accuracy: whole numbers are multiplied and
+    added exactly.
     """
 
     def __init__(self, W):
@@ -136,7 +136,7 @@ class Int8Weight:
         """x (n, d_in) -> W x (n, d_out), both in float32"""
         scales = largest(x) / LARGEST_INPUT  # (n, 1)
         whole = (x / scales).round_().to(torch.int8)
-        whole = whole.view(torch.uint8).add_(ZERO)  # -127 is 129 here, and 129 + 128 is 1 again
+        whole = whole.view(torch.uint8).add_(ZERO)  # -127 is read as 129; 129 + 128 = 1 (mod 256)
         inputs = (whole, 1.0, ZERO)  # scale 1: the real one differs by row and comes last
         weights = (self.packed, self.scales, self.zeros)
         output = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, float32, no activation
@@ -171,7 +171,7 @@ class Int8Linear(nn.Linear):
     rounded = None
 
     def __getstate__(self):
-        """Leave the rounded copies out of deep copies and pickles, which torch cannot make."""
+        """Leave the rounded copies out: torch can neither copy nor pickle them."""
         return self.__dict__ | {"rounded": None}
 
     def forward(self, x):
