@@ -29,7 +29,10 @@ CONFIG = EncoderConfig(
 )
 
 
-@pytest.fixture(params=[False, True], ids=["AVX2", "AMD with AVX-512"])
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["Intel", "AMD"])
 def linears_are_slow(request, monkeypatch):
     """Run a test as on two processors: only on one of them linears are swapped."""
     monkeypatch.setattr(fast_cpu, "has_slow_linears", lambda: request.param)
@@ -77,6 +80,7 @@ def test_it_says_what_it_swapped(linears_are_slow):
     model = make_model()
     assert fast_cpu.accelerate(model) == "attention, dropout" + linears
     assert fast_cpu.accelerate(model) == "nothing"
+    assert fast_cpu.accelerate(make_model(), "bfloat16") == "attention, dropout"
     assert type(model.head[0]) is nn.Linear
     assert type(model.head[2]) is nn.Dropout
 
@@ -154,47 +158,74 @@ def test_a_row_of_padding_alone_gives_finite_numbers():
 
 
 @pytest.fixture
-def convolutions(monkeypatch):
-    """Give a list that gets an entry with every call of conv2d."""
+def fast_products(monkeypatch):
+    """Give a list that gets an entry with every product of a PackedWeight."""
     calls = []
-    convolve = F.conv2d
+    times = fast_cpu.PackedWeight.times
 
     def count(*args):
         calls.append(args)
-        return convolve(*args)
+        return times(*args)
 
-    monkeypatch.setattr(F, "conv2d", count)
+    monkeypatch.setattr(fast_cpu.PackedWeight, "times", count)
     return calls
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 8), (2, 3, 4, 8), (1, 1, 8)])
+@needs_onednn
+@pytest.mark.parametrize("shape", [(3, 5, 8), (2, 3, 4, 8), (1, 8)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_frozen_linear_gives_what_linear_gives_by_a_convolution(convolutions, shape, bias):
+def test_a_packed_weight_gives_what_linear_gives(fast_products, shape, bias):
     torch.manual_seed(0)
-    linear = fast_cpu.FastLinear(8, 6, bias=bias).requires_grad_(False)
+    linear = fast_cpu.PackedLinear(8, 6, bias=bias).requires_grad_(False)
     x = torch.randn(shape, requires_grad=True)
     y = linear(x)
-    expected = F.linear(x, linear.weight, linear.bias)
-    torch.testing.assert_close(y, expected)
-    assert len(convolutions) == 1
+    torch.testing.assert_close(y, F.linear(x, linear.weight, linear.bias))
     d = torch.randn_like(y)
     (gradient,) = torch.autograd.grad(y, x, d)
     torch.testing.assert_close(gradient, d @ linear.weight)
+    assert len(fast_products) == 2  # forward and backward
 
 
-def test_a_linear_that_trains_and_other_inputs_take_the_plain_way(convolutions):
-    linear = fast_cpu.FastLinear(8, 6)
+@needs_onednn
+@pytest.mark.parametrize("kind", [fast_cpu.PackedLinear, fast_cpu.Int8Linear])
+def test_inputs_and_gradients_may_lie_anyhow_in_memory(kind):
+    linear = kind(8, 6).requires_grad_(False)
+    x = torch.randn(8, 5, requires_grad=True)
+    d = torch.randn(6).expand(5, 6)
+    y = linear(x.T)
+    torch.testing.assert_close(y, linear(x.T.contiguous()))
+    (gradient,) = torch.autograd.grad(y, x, d)
+    torch.testing.assert_close(gradient, (d @ linear.weight).T, atol=0.1, rtol=0)
+
+
+def test_a_linear_that_trains_and_other_inputs_take_the_plain_way(fast_products):
+    linear = fast_cpu.PackedLinear(8, 6)
     linear(torch.randn(3, 5, 8)).sum().backward()
     assert linear.weight.grad is not None
+    linear.weight.requires_grad_(False)
+    linear.bias.grad = None
+    linear(torch.randn(3, 5, 8)).sum().backward()
+    assert linear.bias.grad is not None
     linear.requires_grad_(False)
-    assert linear(torch.randn(3, 8)).shape == (3, 6)
     assert linear(torch.randn(0, 5, 8)).shape == (0, 5, 6)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        linear(torch.randn(3, 8, dtype=torch.bfloat16))
     linear.to(torch.float64)
     assert linear(torch.randn(3, 5, 8, dtype=torch.float64)).dtype == torch.float64
-    assert convolutions == []
+    assert fast_products == []
 
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+@needs_onednn
+@pytest.mark.parametrize("kind", [fast_cpu.PackedLinear, fast_cpu.Int8Linear])
+def test_a_weight_that_was_changed_is_packed_anew(kind):
+    linear = kind(8, 6).requires_grad_(False)
+    x = torch.randn(3, 8)
+    before = linear(x)
+    assert torch.equal(linear(x), before)
+    linear.load_state_dict({"weight": torch.zeros(6, 8), "bias": torch.ones(6)})
+    assert torch.equal(linear(x), torch.ones(3, 6))
+    linear.weight.data = torch.ones(6, 8)
+    torch.testing.assert_close(linear(x), 1 + x.sum(1, keepdim=True).expand(3, 6), atol=0.1, rtol=0)
 
 
 def rounded_product(x, W):
@@ -229,7 +260,7 @@ def test_the_largest_sums_in_8_bits_are_right_with_the_instructions_of_AVX2():
         from extras.fast_cpu import Int8Weight
         x = torch.ones(999)
         W = torch.ones(8, 999)
-        print(Int8Weight(W).times(torch.stack([x, -x])).round().tolist())
+        print(Int8Weight(W).times(torch.stack([x, -x]), None).round().tolist())
     """
     options = {
         "env": os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
@@ -271,8 +302,9 @@ def test_in_8_bits_the_gradients_of_the_adapters_point_the_same_way():
 
 
 @needs_onednn
-def test_rounded_weights_are_made_anew_in_a_copy_and_not_stored():
-    linear = fast_cpu.Int8Linear(8, 6).requires_grad_(False)
+@pytest.mark.parametrize("kind", [fast_cpu.PackedLinear, fast_cpu.Int8Linear])
+def test_packed_weights_are_made_anew_in_a_copy_and_not_stored(kind):
+    linear = kind(8, 6).requires_grad_(False)
     names = list(linear.state_dict())
     x = torch.randn(3, 8)
     with torch.inference_mode():
@@ -280,8 +312,8 @@ def test_rounded_weights_are_made_anew_in_a_copy_and_not_stored():
     assert list(linear.state_dict()) == names
     twin = copy.deepcopy(linear)
     assert torch.equal(twin(x), y)
-    twin.weight.data.zero_()
-    assert torch.equal(linear(x), y)
+    x.requires_grad_()  # the copies of inference mode serve in training too
+    assert torch.autograd.grad(linear(x).sum(), x)[0].shape == x.shape
 
 
 def test_a_linear_that_trains_or_is_in_another_precision_is_not_rounded():
@@ -291,7 +323,7 @@ def test_a_linear_that_trains_or_is_in_another_precision_is_not_rounded():
     linear.requires_grad_(False).double()
     assert torch.equal(linear(x.double()), F.linear(x.double(), linear.weight, linear.bias))
     assert linear.float()(torch.randn(0, 8)).shape == (0, 6)
-    assert linear.rounded is None
+    assert linear.copies is None
 
 
 def test_8_bits_are_refused_where_the_device_cannot(monkeypatch):
