@@ -1,6 +1,6 @@
 """Faster arithmetic for the encoder on a CPU: the same model, swapped in place by `accelerate`.
 
-model.py says what is computed, this file computes it faster. Three things are slow there on a CPU:
+model.py says what is computed, this file computes it faster. Three things in it are slow on a CPU:
 attention, whose fused kernel knows no dropout and is slow on short sequences; random numbers for
 dropout; and, on AMD processors in float32, nn.Linear. With precision "int8" frozen weights are
 multiplied in 8 bits: faster where there is no bfloat16, but rounded. On other devices than a CPU
@@ -16,7 +16,7 @@ from model import Attention
 
 SHORT = 128  # tokens up to which attention written out is faster than the fused kernel
 LARGEST_INPUT = 127  # in 8 bits: an input becomes a whole number from -127 to 127
-LARGEST_WEIGHT = 63  # in 7 bits: AVX2 adds two products in 16 bits, and more would overflow
+LARGEST_WEIGHT = 63  # in 7 bits: AVX2 adds two products in 16 bits, where 8 bits would overflow
 ZERO = 128  # added to every rounded input, as oneDNN wants them without a sign
 
 
@@ -25,13 +25,19 @@ def processor_name():
     return str(torch.cpu.get_capabilities().get("cpu_name"))
 
 
+def has_onednn():
+    """Tell whether oneDNN is there, whose products this file uses. It is tested on x86 only."""
+    is_x86 = torch.cpu.get_capabilities().get("architecture") == "x86_64"
+    return is_x86 and torch.backends.mkldnn.is_available()
+
+
 def has_slow_linears():
-    """Tell whether nn.Linear in float32 is slower here than oneDNN with a weight in its own order.
+    """Tell whether oneDNN, with a weight arranged for it, beats nn.Linear in float32 here.
 
     nn.Linear calls MKL, which is made for Intel processors. On AMD it uses no AVX-512, and with
-    AVX2 alone it reaches 80 to 85 % of what they can do.
+    AVX2 alone it reaches 80 to 85 % of what the processor can do.
     """
-    return "AMD" in processor_name() and torch.backends.mkldnn.is_available()
+    return "AMD" in processor_name() and has_onednn()
 
 
 def accelerate(model, precision="float32"):
@@ -64,7 +70,7 @@ def dropout(x, p):
 
     On a CPU a random byte decides, at a tenth of the cost of F.dropout: p is rounded to a multiple
     of 1/256. The factor for the rest goes with the rounded p, so that the mean stays. (In bfloat16
-    the factor itself is rounded: for p = 0.1 the mean falls by 0.35 %.)
+    the factor itself is rounded: for p = 0.1 the mean falls by 0.33 %.)
     """
     threshold = round(p * 256)
     if x.device.type != "cpu" or threshold > 255:
@@ -110,8 +116,8 @@ class Int8Weight:
     """A matrix W (d_out, d_in) in 7 bits, which multiplies inputs in 8 bits.
 
     Every row of W is divided by a scale of its own, so that its largest magnitude is 63, and
-    rounded. So is every input, to 127. Only this loses accuracy: whole numbers are multiplied and
-    added exactly.
+    rounded. So is every input, to 127. Only the rounding loses accuracy: whole numbers are
+    multiplied and added exactly.
     """
 
     def __init__(self, W):
@@ -136,7 +142,11 @@ class Int8Weight:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x (n, d_in) -> W x + bias (n, d_out), backward dy -> W^T dy, with both in a faster form."""
+    """x (n, d_in) -> W x + bias (n, d_out), backward dy -> W^T dy.
+
+    W and its transpose are each a PackedWeight or an Int8Weight. Without gradients the second may
+    be None.
+    """
 
     @staticmethod
     def forward(ctx, x, bias, W, W_transposed):
@@ -152,25 +162,27 @@ class FrozenProduct(torch.autograd.Function):
 class PackedLinear(nn.Linear):
     """nn.Linear whose frozen float32 weight is multiplied in a faster form, forward and backward.
 
-    If the weight or the bias trains, or is of another type, this is a plain nn.Linear.
-    Two copies in that form are kept, of the weight and of its transpose, outside of state_dict.
-    They are made anew when the weight changes, but a change inside `weight.data` is not seen.
+    It keeps a copy of the weight in that form, and one of the transpose once a gradient needs it.
+    They are not in state_dict. They are made anew when the weight is replaced or changed in place,
+    but a change inside `weight.data` goes unnoticed. Where the weight or the bias trains, and for
+    other inputs, this is a plain nn.Linear.
     """
 
     form = PackedWeight
-    copies = None
+    source = None  # the weight that the copies were made of, and how often it had been changed
+    packed = None
+    transposed = None
 
     def __getstate__(self):
         """Leave the copies out: torch can neither copy nor pickle them."""
-        return self.__dict__ | {"copies": None}
+        return self.__dict__ | {"source": None, "packed": None, "transposed": None}
 
-    def fast_weights(self):
-        """Return the weight and its transpose in the faster form."""
-        W = self.weight.detach()  # shares its memory and its version, which counts changes
-        state = (W.data_ptr(), W._version)
-        if self.copies is None or self.copies[0] != state:
-            self.copies = (state, W, self.form(W), self.form(W.T))  # W: its address stays taken
-        return self.copies[2:]
+    def is_outdated(self, W):
+        """Tell whether the copies are of another weight than W, or of W before a change."""
+        if self.source is None:
+            return True
+        source, changes = self.source
+        return source.data_ptr() != W.data_ptr() or changes != W._version
 
     def forward(self, x):
         """x (..., d_in) -> (..., d_out)"""
@@ -178,15 +190,21 @@ class PackedLinear(nn.Linear):
         is_float32_on_cpu = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
         if trains or not is_float32_on_cpu or x.numel() == 0:
             return super().forward(x)
+        W = self.weight.detach()
+        if self.is_outdated(W):
+            self.source = (W, W._version)  # with W kept, no other weight can get its address
+            self.packed, self.transposed = self.form(W), None
+        if self.transposed is None and x.requires_grad and torch.is_grad_enabled():
+            self.transposed = self.form(W.T)
         rows = x.reshape(-1, self.in_features)  # (n, d_in)
-        y = FrozenProduct.apply(rows, self.bias, *self.fast_weights())
+        y = FrozenProduct.apply(rows, self.bias, self.packed, self.transposed)
         return y.view(*x.shape[:-1], self.out_features)
 
 
 class Int8Linear(PackedLinear):
-    """PackedLinear that rounds a float32 weight, its inputs and its gradients to 8 bits.
+    """PackedLinear that rounds the weight, its inputs and their gradients to 8 bits.
 
-    The transpose is rounded by its own rows, so it is not quite that of the rounded weight.
+    The transpose is rounded apart, so backward is not exactly the transpose of forward.
     """
 
     form = Int8Weight
@@ -206,8 +224,8 @@ class FastAttention(Attention):
         k = k.view(B, T, self.heads, width).transpose(1, 2)  # (B, H, T, D/H)
         v = v.view(B, T, self.heads, width).transpose(1, 2)  # (B, H, T, D/H)
 
-        # The lowest finite number, not -inf: a row of padding alone must not give NaN. At least
-        # float32, and with it the scores and their softmax, where the weights are in 16 bits.
+        # The lowest finite number, not -inf: a row of padding alone must not give NaN. It is in
+        # float32 at least, and with it the softmax, also where the weights are in 16 bits.
         wide = torch.promote_types(q.dtype, torch.float32)
         bias = (1 - mask.to(wide)) * torch.finfo(wide).min  # (B, 1, 1, T)
         q = q * width**-0.5

@@ -7,7 +7,7 @@ import torch
 
 import data
 from data import InputError
-from extras import devices
+from extras import devices, fast_cpu
 from extras.adalora import AdaLoRA
 from extras.allocators import BY_LAYERS
 from extras.alora import SCORE_EXAMPLES, ALoRA
@@ -81,10 +81,10 @@ def place(args, task, model):
     is_built_in = args.model == "built-in"
     is_full = args.method == "full"
     device = devices.find_device(args.device)
-    has_int8 = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    has_int8 = device.type == "cpu" and fast_cpu.has_onednn()
     if args.precision == "int8" and not has_int8:
         raise InputError(
-            "--precision int8 needs a CPU with oneDNN: add --device cpu, or leave it out"
+            "--precision int8 needs an x86 CPU with oneDNN: add --device cpu, or leave it out"
         )
     if is_full:
         args.precision = "float32"
