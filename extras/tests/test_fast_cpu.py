@@ -230,7 +230,7 @@ def test_a_linear_that_trains_and_other_inputs_take_the_plain_way(fast_products)
 @pytest.mark.parametrize("kind", [fast_cpu.PackedLinear, fast_cpu.Int8Linear])
 def test_a_weight_that_was_changed_is_packed_anew(kind):
     linear = kind(8, 6).requires_grad_(False)
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 8, requires_grad=True)
     before = linear(x)
     packed = linear.packed
     assert torch.equal(linear(x), before)
@@ -238,7 +238,6 @@ def test_a_weight_that_was_changed_is_packed_anew(kind):
     linear.load_state_dict({"weight": torch.zeros(6, 8), "bias": torch.ones(6)})
     assert torch.equal(linear(x), torch.ones(3, 6))
     linear.weight.data = torch.ones(6, 8)
-    x.requires_grad_()
     y = linear(x)
     tolerance = {"atol": 0.1 if kind is fast_cpu.Int8Linear else 1e-5, "rtol": 0}
     torch.testing.assert_close(y, 1 + x.sum(1, keepdim=True).expand(3, 6), **tolerance)
