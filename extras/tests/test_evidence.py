@@ -318,6 +318,7 @@ def test_the_commands_of_the_results_print_the_tables_beside_them(capsys, docume
         ("SUBJ", "6144", "AMD EPYC"),
         ("SUBJ", "24576", "AMD EPYC"),
         ("mrpc", "6144", "AMD EPYC"),
+        ("mrpc", "24576", "AMD EPYC"),
         ("TREC", "24576", "Intel Xeon"),
         ("SICK", "24576", "Intel Xeon"),
     ],
