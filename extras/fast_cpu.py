@@ -1,6 +1,6 @@
 """Faster arithmetic for the encoder on a CPU: the same model, swapped in place by `accelerate`.
 
-model.py says what is computed, this file computes it faster. Three things in it are slow on a CPU:
+model.py says what is computed, this file computes it faster. Three parts of it are slow on a CPU:
 attention, whose fused kernel knows no dropout and is slow on short sequences; random numbers for
 dropout; and, on AMD processors in float32, nn.Linear. With precision "int8" frozen weights are
 multiplied in 8 bits: faster where there is no bfloat16, but rounded. On other devices than a CPU
@@ -34,8 +34,8 @@ def has_onednn():
 def has_slow_linears():
     """Tell whether oneDNN, with a weight arranged for it, beats nn.Linear in float32 here.
 
-    nn.Linear calls MKL, which is made for Intel processors. On AMD it uses no AVX-512, and with
-    AVX2 alone it reaches 80 to 85 % of what the processor can do.
+    nn.Linear calls MKL, which is made for Intel processors. On AMD it uses AVX2 and no AVX-512. On
+    AMD processors that have AVX2 alone it reaches 80 to 85 % of what they can do.
     """
     return "AMD" in processor_name() and has_onednn()
 
@@ -45,7 +45,7 @@ def accelerate(model, precision="float32"):
 
     Names, parameters and what isinstance says of a module stay, so this can come before or after
     heterolora.inject. The head stays as it is. Returns the names of what was swapped. With
-    precision "int8" linears become Int8Linear, which rounds if its weight is frozen and float32.
+    precision "int8", which needs has_onednn(), linears become Int8Linear.
     """
     fast = {}  # class -> what to call it, and the class that replaces it
     fast[Attention] = ("attention", FastAttention)
@@ -116,7 +116,7 @@ class Int8Weight:
     """A matrix W (d_out, d_in) in 7 bits, which multiplies inputs in 8 bits.
 
     Every row of W is divided by a scale of its own, so that its largest magnitude is 63, and
-    rounded. So is every input, to 127. Only the rounding loses accuracy: whole numbers are
+    rounded. So is every row of x, to 127. Only the rounding loses accuracy: whole numbers are
     multiplied and added exactly.
     """
 
@@ -144,7 +144,7 @@ class Int8Weight:
 class FrozenProduct(torch.autograd.Function):
     """x (n, d_in) -> W x + bias (n, d_out), backward dy -> W^T dy.
 
-    W and its transpose are each a PackedWeight or an Int8Weight. Without gradients the second may
+    W and W_transposed are each a PackedWeight or an Int8Weight. Without gradients W_transposed may
     be None.
     """
 
@@ -164,18 +164,18 @@ class PackedLinear(nn.Linear):
 
     It keeps a copy of the weight in that form, and one of the transpose once a gradient needs it.
     They are not in state_dict. They are made anew when the weight is replaced or changed in place,
-    but a change inside `weight.data` goes unnoticed. Where the weight or the bias trains, and for
-    other inputs, this is a plain nn.Linear.
+    but a change in place through `weight.data` goes unnoticed. This is a plain nn.Linear where the
+    weight or the bias trains, and for inputs that are empty, not in float32 or not on a CPU.
     """
 
     form = PackedWeight
     source = None  # the weight that the copies were made of, and how often it had been changed
-    packed = None
-    transposed = None
+    forward_weight = None
+    backward_weight = None
 
     def __getstate__(self):
         """Leave the copies out: torch can neither copy nor pickle them."""
-        return self.__dict__ | {"source": None, "packed": None, "transposed": None}
+        return self.__dict__ | {"source": None, "forward_weight": None, "backward_weight": None}
 
     def is_outdated(self, W):
         """Tell whether the copies are of another weight than W, or of W before a change."""
@@ -192,17 +192,17 @@ class PackedLinear(nn.Linear):
             return super().forward(x)
         W = self.weight.detach()
         if self.is_outdated(W):
-            self.source = (W, W._version)  # with W kept, no other weight can get its address
-            self.packed, self.transposed = self.form(W), None
-        if self.transposed is None and x.requires_grad and torch.is_grad_enabled():
-            self.transposed = self.form(W.T)
+            self.source = (W, W._version)  # while W is kept, no new weight can get its address
+            self.forward_weight, self.backward_weight = self.form(W), None
+        if self.backward_weight is None and x.requires_grad and torch.is_grad_enabled():
+            self.backward_weight = self.form(W.T)
         rows = x.reshape(-1, self.in_features)  # (n, d_in)
-        y = FrozenProduct.apply(rows, self.bias, self.packed, self.transposed)
+        y = FrozenProduct.apply(rows, self.bias, self.forward_weight, self.backward_weight)
         return y.view(*x.shape[:-1], self.out_features)
 
 
 class Int8Linear(PackedLinear):
-    """PackedLinear that rounds the weight, its inputs and their gradients to 8 bits.
+    """PackedLinear with the weight in 7 bits, and inputs and gradients of outputs in 8.
 
     The transpose is rounded apart, so backward is not exactly the transpose of forward.
     """
