@@ -2,12 +2,16 @@
 
     python -m extras.confirm docs/protocol.jsonl.gz
     python -m extras.confirm docs/protocol.jsonl.gz --budget 6144
+    python -m extras.confirm docs/protocol.jsonl.gz --budget all
     python -m extras.confirm docs/protocol.jsonl.gz --lr 0.003
+    python -m extras.confirm mine.jsonl --tasks TREC MyTask
 
 Each row of a task has the learning rate that was best on held-out training examples, at 3,072
-parameters. With --lr, all rows have that one, and the paper's searches are there too if they were
-run. With another --budget, the tasks are those that were run with it. Both judge nothing.
-Two more tables compare LoRA on v with the baselines. The protocol did not plan them.
+parameters. Two more tables compare LoRA on v with the baselines. The protocol did not plan them.
+
+What differs from the first command is shown, and judges nothing. With another --budget, the tasks
+are those that were run with it; with all, p is corrected for all tasks and budgets together. With
+--lr, all rows have that rate, and the paper's searches are there too if they were run.
 """
 
 import argparse
@@ -108,13 +112,13 @@ def check_same(runs, task):
             )
 
 
-def rows_of_tasks(runs, names, lr=None, budget=BUDGET):
+def rows_of_tasks(runs, names, tasks=TASKS, lr=None, budget=BUDGET):
     """Return {task: {name: row}}; at another budget of the tasks that were run there.
 
     Raises InputError if there are none, or if a run is missing.
     """
     rows = {}
-    for task in TASKS:
+    for task in tasks:
         at_budget = [run for name in names for run in runs_of(runs, name, task=task, budget=budget)]
         if at_budget or budget == BUDGET:
             tuned = [run for name in names for run in runs_of(runs, name, task=task, budget=BUDGET)]
@@ -122,6 +126,16 @@ def rows_of_tasks(runs, names, lr=None, budget=BUDGET):
             rows[task] = {name: row_of(runs, name, task, lr, budget) for name in names}
     if not rows:
         raise InputError(f"no run of the protocol has --budget {budget}")
+    return rows
+
+
+def rows_of_budgets(runs, names, tasks, lr):
+    """Return {"task, budget": {name: row}} of all budgets that were run. Raises InputError."""
+    budgets = {run.flags["budget"] for name in names for run in runs_of(runs, name)}
+    rows = {}
+    for budget in sorted(budgets, key=int):
+        for task, row in rows_of_tasks(runs, names, tasks, lr, budget).items():
+            rows[f"{task}, {int(budget):,}"] = row
     return rows
 
 
@@ -160,8 +174,8 @@ def beaten(family, rule):
     """Return the tasks on which a rule is better: mean > 0, and p by Holm < 0.05."""
     p = p_by_holm(family)
     tasks = []
-    for task in TASKS:
-        if family[rule, task].mean > 0 and p[rule, task] < 0.05:
+    for name, task in family:
+        if name == rule and family[rule, task].mean > 0 and p[rule, task] < 0.05:
             tasks.append(task)
     return tasks
 
@@ -185,39 +199,46 @@ def answer(families):
     return "\n".join(lines)
 
 
+def picture(family, args, lr):
+    """Return the differences of a family as a forest plot in SVG."""
+    at = f"all rows at learning rate {lr}" if lr else "each row at its chosen learning rate"
+    title = "all budgets" if args.budget == "all" else f"{int(args.budget):,} parameters"
+    gains = {f"{task}: {rule}": gain for (rule, task), gain in family.items()}
+    return forest.draw(f"{title}, {at}", args.minus, gains)
+
+
 @command
 def main(argv=None):
     about = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="extras.confirm", description=about)
-    parser.add_argument("file", help="FILE.jsonl or FILE.jsonl.gz")
-    parser.add_argument("--lr", type=float, help="take the runs at this rate, and judge nothing")
-    parser.add_argument(
-        "--budget", default=BUDGET, help="parameters (3072); at others, judge nothing"
-    )
-    parser.add_argument("--svg", metavar="PICTURE", help="draw the differences to LoRA on q and v")
+    add = parser.add_argument
+    add("file", help="FILE.jsonl or FILE.jsonl.gz")
+    add("--tasks", nargs="+", default=list(TASKS), help="the five of the protocol, or others")
+    add("--budget", default=BUDGET, help="parameters (3072), or all: every budget that was run")
+    add("--lr", type=float, help="take the runs at this rate")
+    add("--svg", metavar="PICTURE", help="draw the differences of the rules to a row")
+    others = list(BASELINES | ON_V)
+    add("--minus", choices=others, default=others[0], help="that row (LoRA on q and v)")
     args = parser.parse_args(argv)
     runs = read_runs(args.file)
     shown = []
     lr = None if args.lr is None else f"{args.lr:g}"
     if lr:
         shown = [name for name in PAPER if runs_of(runs, name, budget=args.budget, lr=lr)]
-    rows = rows_of_tasks(runs, [*FIRST_PART, *shown], lr, args.budget)
-    families = {}
-    for other in BASELINES | ON_V:
-        families[other] = family_of(rows, [*RULES, *shown], other)
+    names = [*FIRST_PART, *shown]
+    if args.budget == "all":
+        rows = rows_of_budgets(runs, names, args.tasks, lr)
+    else:
+        rows = rows_of_tasks(runs, names, args.tasks, lr, args.budget)
+    families = {other: family_of(rows, [*RULES, *shown], other) for other in others}
     blocks = [table_of_means(rows)]
     blocks += [table_of_family(family, other) for other, family in families.items()]
     for other in BASELINES:
         blocks.append(table_of_family(family_of(rows, ON_V, other), other))
-    if lr is None and args.budget == BUDGET:
+    if (args.tasks, args.budget, lr) == (list(TASKS), BUDGET, None):
         blocks.append(answer(families))
     if args.svg:
-        at = "each row at its chosen learning rate"
-        if lr:
-            at = f"all rows at learning rate {lr}"
-        baseline = "LoRA on q and v"
-        gains = {f"{task}: {rule}": gain for (rule, task), gain in families[baseline].items()}
-        write(args.svg, forest.draw(f"{int(args.budget):,} parameters, {at}", baseline, gains))
+        write(args.svg, picture(families[args.minus], args, lr))
     print("\n\n".join(blocks))
 
 

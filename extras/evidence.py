@@ -1,6 +1,6 @@
 """Print a table from a file of finished runs, one JSON object a line, plain or gzipped.
 
-    python -m extras.evidence docs/evidence.jsonl.gz --task mrpc --budget 6144 --where lr=0.003
+    python -m extras.evidence docs/evidence-v0.1.jsonl.gz --task mrpc --budget 6144 --where lr=0.003
 
 The file may be one of extras.compare. A row of the table is for runs that differ in their seed
 only. Its label names the flags that differ between the rows.

@@ -26,6 +26,12 @@ def student_t(p, degrees):
     return math.sqrt(degrees) * math.tan(np.interp(2 * p - 1, shares, u))
 
 
+def p_of_t(t, degrees):
+    """Return the two-sided p of t, a number or an array, with so many degrees of freedom."""
+    u, shares = student_table(degrees)
+    return 1 - np.interp(np.arctan(np.abs(t) / math.sqrt(degrees)), u, shares)
+
+
 def p_value(differences):
     """Return the two-sided p of Student's t test that the mean difference is 0.
 
@@ -35,9 +41,7 @@ def p_value(differences):
     if max(differences) - min(differences) < 1e-9:
         return 1.0
     error = statistics.stdev(differences) / math.sqrt(n)
-    t = abs(statistics.mean(differences)) / error
-    u, shares = student_table(n - 1)
-    return 1 - float(np.interp(math.atan(t / math.sqrt(n - 1)), u, shares))
+    return float(p_of_t(statistics.mean(differences) / error, n - 1))
 
 
 def holm(p_values):

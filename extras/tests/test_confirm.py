@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import re
+import shlex
 
 import pytest
 
@@ -185,14 +186,44 @@ def test_another_budget_is_shown_at_the_rates_of_the_first_and_judges_nothing(tu
     assert judge(runs) == judge(tuning + on_dev({}))
 
 
+def test_all_budgets_are_corrected_together_and_judge_nothing(tuning, judge):
+    # Differences of 0 and 1 points, four each, at two budgets on five tasks for one of two rules.
+    at_3072 = on_dev({(task, "alignment, greedy"): 0 for task in confirm.TASKS})
+    at_6144 = [run | {"flags": run["flags"] | {"budget": "6144"}} for run in at_3072]
+    text = judge(tuning + at_3072 + at_6144, "--budget", "all")
+    for budget in ("3,072", "6,144"):
+        row = f"| alignment, greedy | SICK, {budget} | +0.50 [+0.05, +0.95], n = 8 | 0.033 |"
+        assert f"{row} 0.663 |" in text  # 0.0331 times the 20 differences
+    assert "beats both" not in text
+
+
+def test_tasks_of_your_own_are_shown_and_judge_nothing(tuning, judge):
+    runs = tuning + on_dev({("TREC", "LoRA on v"): 0.05})
+    for run in runs:
+        if run["flags"]["task"] == "TREC":
+            run["flags"] = run["flags"] | {"task": "mine"}
+    text = judge(runs, "--tasks", "mine", "SUBJ")
+    assert "| | mine | SUBJ |" in text and "| LoRA on v | 85.50 ± 0.53 (0.003) |" in text
+    assert "SICK" not in text and "beats both" not in text
+
+
+def test_the_picture_shows_the_differences_to_the_row_that_is_named(tuning, judge, tmp_path):
+    picture = tmp_path / "forest.svg"
+    judge(tuning + on_dev({}), "--svg", str(picture))
+    assert "LoRA on q and v" in picture.read_text()
+    judge(tuning + on_dev({}), "--svg", str(picture), "--minus", "random linears")
+    assert "LoRA on q and v" not in picture.read_text()
+    assert "random linears" in picture.read_text()
+
+
 def test_the_results_hold_what_their_command_prints_and_draws(capsys, tmp_path):
     document = DOCS / "RESULTS.md"
     text = document.read_text(encoding="utf-8")
     commands = re.findall(r"^python -m extras\.confirm docs/(.*)$", text, re.M)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         arguments, _, picture = command.partition(" --svg docs/")
-        file, *flags = arguments.split()
+        file, *flags = shlex.split(arguments)
         confirm.main([str(DOCS / file), *flags, "--svg", str(tmp_path / "a.svg")])
         assert f"\n\n{capsys.readouterr().out}\n" in text
         if picture:

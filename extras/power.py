@@ -1,0 +1,82 @@
+"""How large must a true gain be for extras.confirm to answer yes?
+
+    python -m extras.power docs/protocol.jsonl.gz
+
+One rule is given a true gain over both baselines on all tasks, the other rule none. Many
+experiments with the eight seeds of the protocol are then made up, and judged as extras.confirm
+judges. Their differences are normal. They vary, and go together, as the real ones do, over tasks
+and baselines too.
+"""
+
+import argparse
+
+import numpy as np
+
+from extras import confirm
+from extras.flags import command
+from extras.intervals import holm, p_of_t
+from extras.results import read_runs
+
+GAINS = (0.5, 1.0, 1.5, 2.0, 3.0)  # in points
+EXPERIMENTS = 1_000
+
+
+def made_up(differences, generator):
+    """differences (seeds, comparisons) -> (EXPERIMENTS, seeds, comparisons), of mean 0
+
+    Every made-up seed is a random mixture of the real ones, less their mean. So variances and
+    correlations are those of the real differences.
+    """
+    n = len(differences)
+    deviations = differences - differences.mean(0)
+    mixtures = generator.standard_normal((EXPERIMENTS, n, n)) / (n - 1) ** 0.5
+    return mixtures @ deviations
+
+
+def is_better(differences):
+    """(EXPERIMENTS, seeds, comparisons) -> (EXPERIMENTS, comparisons): mean > 0, p < 0.05
+
+    p is corrected by Holm's method for the comparisons of an experiment.
+    """
+    n = differences.shape[1]
+    means = differences.mean(1)
+    errors = differences.std(1, ddof=1) / n**0.5
+    p = [holm(list(row)) for row in p_of_t(means / errors, n - 1)]
+    return (means > 0) & (np.array(p) < 0.05)
+
+
+def tasks_won(experiments, families, rule, gain):
+    """Return (EXPERIMENTS, tasks): does the rule beat both baselines, if its true gain is this?
+
+    experiments: what made_up returns, for the comparisons of both families side by side.
+    """
+    won = True
+    for family, part in zip(families, np.split(experiments, len(families), axis=2), strict=True):
+        is_rule = np.array([name == rule for name, _ in family])
+        won = won & is_better(part + gain * is_rule)[:, is_rule]
+    return won
+
+
+@command
+def main(argv=None):
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="extras.power", description=about)
+    parser.add_argument("file", help="FILE.jsonl or FILE.jsonl.gz")
+    args = parser.parse_args(argv)
+    tasks, rules = confirm.TASKS, confirm.RULES
+    rows = confirm.rows_of_tasks(read_runs(args.file), confirm.FIRST_PART)
+    families = [confirm.family_of(rows, rules, baseline) for baseline in confirm.BASELINES]
+    columns = [gain.differences for family in families for gain in family.values()]
+    experiments = made_up(np.array(columns).T, np.random.default_rng(0))
+    print(f"| rule | its true gain | on {confirm.NEEDED} of {len(tasks)} | {' | '.join(tasks)} |")
+    print("|---" * (len(tasks) + 3) + "|")
+    for rule in rules:
+        for gain in GAINS:
+            won = tasks_won(experiments, families, rule, gain)
+            shares = [(won.sum(1) >= confirm.NEEDED).mean(), *won.mean(0)]
+            cells = [rule, f"{gain:g}", *(f"{share:.0%}" for share in shares)]
+            print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
