@@ -35,20 +35,28 @@ def test_a_gain_that_is_called_detectable_is_found_in_four_cases_of_five(differe
     assert power.is_better(experiments).mean() == pytest.approx(0.025, abs=0.015)
 
 
-def test_a_task_is_won_if_the_rule_beats_both_baselines_by_p_corrected_for_a_family():
-    # Two rules on one task; the first has the gain. t is 0 without it, and p tiny with it.
-    signs = np.tile([-1.0, 1.0], 4)  # of 8 seeds
-    noise = np.stack([signs] * 4, axis=1)[None]  # two baselines times two rules
-    family = {("ours", "TREC"): None, ("other", "TREC"): None}
-    won = power.tasks_won(noise, [family, family], "ours", 5.0)
-    assert won.tolist() == [[True]]
-    # With one baseline of a large spread the rule does not beat both.
-    noise[..., 2] *= 100
-    assert power.tasks_won(noise, [family, family], "ours", 5.0).tolist() == [[False]]
-    # p is 0.045 for a gain of 0.92, and 0.09 corrected for two rules.
-    noise[..., 2] /= 100
-    assert power.tasks_won(noise[..., ::2], [{("ours", "TREC"): None}] * 2, "ours", 0.92).all()
-    assert not power.tasks_won(noise, [family, family], "ours", 0.92).any()
+def won(gain, rules=("ours", "other"), spreads=(1, 1, 1, 1)):
+    """Return if "ours" wins the task; the seeds of a difference are +-spread, with mean 0.
+
+    spreads: of ours and the other rule over one baseline, and of both over the second.
+    """
+    noise = np.tile([-1.0, 1.0], 4)[:, None] * np.array(spreads)[: 2 * len(rules)]
+    family = {(rule, "TREC"): None for rule in rules}
+    return power.tasks_won(noise[None], [family, family], "ours", gain).item()
+
+
+def test_a_task_is_won_if_the_rule_beats_both_baselines():
+    assert won(5.0)
+    assert not won(5.0, spreads=(100, 1, 1, 1))
+    assert not won(5.0, spreads=(1, 1, 100, 1))
+
+
+def test_p_is_corrected_for_the_rules_and_only_one_has_the_gain():
+    # With spread 1, t is 2.65 times the gain: p is 0.059 for 0.85, and 0.045 for 0.92.
+    assert not won(0.85, rules=["ours"])
+    assert won(0.92, rules=["ours"])
+    assert not won(0.92)
+    assert not won(0.92, spreads=(1, 0.01, 1, 0.01))  # were the other better, p were not doubled
 
 
 def test_the_results_hold_what_the_command_prints(capsys):
