@@ -29,6 +29,7 @@ from extras.state import (
     collect_learned,
     fitting,
     read_config,
+    read_learned,
     run_checksum,
 )
 
@@ -82,7 +83,8 @@ class Run:
         return not self.is_new and os.path.isfile(self.path("state.pt"))
 
     def result(self):
-        """Return the result of a finished run."""
+        """Return the result of a finished run. Raises InputError."""
+        read_learned(self.folder)  # predict needs it: both say what is wrong with it
         print(f"{self.folder} is finished: {self.path('result.json')}")
         return read_json(self.path("result.json"))
 

@@ -225,13 +225,15 @@ def read_learned(folder):
     """Return what `collect_learned` made, from a finished run's folder. Raises InputError."""
     path = os.path.join(folder, "adapters.pt")
     if not os.path.isfile(path):
-        raise InputError(f"{folder} has no adapters.pt: has the run ended?")
+        if os.path.isfile(os.path.join(folder, "result.json")):
+            raise InputError(f"{folder} is finished, but its adapters.pt is gone: train a new run")
+        raise InputError(f"{folder} is not finished: go on with it, train.py --resume {folder}")
     learned = read_pickle(path, ("run", "ranks", "adapters", "head", "labels", "texts"))
     labels = learned["labels"]
     if type(labels) is not list or not all(type(label) is str for label in labels):
         raise InputError(f"{path}: want a list of labels")
-    if type(learned["texts"]) is not int:
-        raise InputError(f"{path}: want the number of texts")
+    if type(learned["texts"]) is not int or learned["texts"] not in (1, 2):
+        raise InputError(f"{path}: want 1 or 2 texts in an example")
     return learned
 
 
@@ -241,8 +243,10 @@ def put(tensors, parameters):
         raise ValueError(f"it holds {len(tensors)} tensors, and not the {len(parameters)} wanted")
     for name, parameter in parameters.items():
         tensor = tensors[name]
-        if tensor.shape != parameter.shape or not tensor.isfinite().all():
-            raise ValueError(f"{name} has another shape, or is not finite")
+        if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+            raise ValueError(f"{name} has another shape or type of number")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
         parameter.data.copy_(tensor)
 
 

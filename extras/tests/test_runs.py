@@ -164,6 +164,20 @@ def test_a_finished_run_is_not_done_again_and_its_folder_not_overwritten(tmp_pat
     assert "holds a run" in capsys.readouterr().err
 
 
+def test_resume_and_predict_say_the_same_of_a_finished_run_that_lost_what_it_learned(
+    tmp_path, capsys
+):
+    assert run("--method", "head", out=tmp_path) == 0
+    os.remove(tmp_path / "adapters.pt")
+    assert train.main(["--resume", str(tmp_path)]) == 2
+    with pytest.raises(InputError, match="finished, but its adapters.pt is gone") as error:
+        train.load_run(tmp_path)
+    assert str(error.value) in capsys.readouterr().err
+    os.remove(tmp_path / "result.json")
+    with pytest.raises(InputError, match="not finished: go on with it"):
+        train.load_run(tmp_path)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_loaded_run_gives_the_same_figures(tmp_path, precision):
     flags = ["--holdout", "0.5", "--train-limit", "40", "--max-steps", "3", "--head-warmup", "2"]

@@ -108,6 +108,19 @@ def put_nan(learned):
     learned["head"]["0.bias"][0] = float("nan")
 
 
+def halve_the_bits(learned):
+    name = next(iter(learned["adapters"]))
+    learned["adapters"][name] = learned["adapters"][name].half()
+
+
+def make_whole_numbers(learned):
+    learned["head"]["0.weight"] = learned["head"]["0.weight"].int()
+
+
+def make_complex(learned):
+    learned["head"]["0.bias"] = learned["head"]["0.bias"].to(torch.complex64)
+
+
 def change_a_rank(learned):
     name = next(name for name, rank in learned["ranks"].items() if rank)
     learned["ranks"][name] -= 1
@@ -118,10 +131,14 @@ CHANGES = {
     "add": add_a_name,
     "shape": change_a_shape,
     "nan": put_nan,
+    "float16": halve_the_bits,
+    "int": make_whole_numbers,
+    "complex": make_complex,
     "rank": change_a_rank,
     "labels": lambda learned: learned.update(labels=3),
     "a label": lambda learned: learned.update(labels=["0", None]),
     "texts": lambda learned: learned.update(texts=None),
+    "three texts": lambda learned: learned.update(texts=3),
     "adapters": lambda learned: learned.update(adapters=[]),
     "run": lambda learned: learned.update(run=1),
 }
