@@ -27,6 +27,7 @@ from extras.state import (
     PLACES,
     check_checkpoint,
     collect_learned,
+    content_checksum,
     fitting,
     read_config,
     read_learned,
@@ -210,6 +211,7 @@ class Run:
                 sizes[name] = os.path.getsize(self.path(name)) if is_there else 0
             content = state.collect() | {"data": self.data_checksum, "sizes": sizes}
             content["run"] = self.checksum
+            content["checksum"] = content_checksum(content)
             write(self.path("state.pt"), lambda file: torch.save(content, file))
 
     def load(self, state):
@@ -221,6 +223,9 @@ class Run:
         if saved["data"] != self.data_checksum:
             raise InputError("the data are not those that the run began with")
         with fitting(path):
+            checksum = saved.pop("checksum", None)  # the state of an older run has none
+            if checksum not in (None, content_checksum(saved)):
+                raise ValueError("it was changed by hand, or is damaged")
             sizes = {name: int(saved["sizes"][name]) for name in LOGS}
             state.restore(saved)
         self.logged = len(state.search.history) if state.search else 0

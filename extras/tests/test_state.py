@@ -2,18 +2,23 @@
 
 import copy
 import json
+import os
 import random
 import shutil
+import types
 
 import pytest
 import torch
 
 import train
 from data import InputError
-from extras.state import Progress, State
+from extras.runs import Run
+from extras.state import PLACES, Progress, State, content_checksum, run_checksum
 
 COMMON = ["--train-limit", "96", "--precision", "float32", "--max-steps", "4", "--batch-size", "16"]
 COMMON += ["--head-warmup", "8", "--holdout", "0.25"]
+FLIPS = 120  # of single bits in a state
+CASES = 300  # of damaged configs
 
 
 class Interrupted(Exception):
@@ -22,14 +27,23 @@ class Interrupted(Exception):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Make two runs with states, "a" and "b" (another seed), and a finished one, "done"."""
+    """Make two runs with states, "a" and "b" (another seed), and a finished one, "done".
+
+    The states are those after step 2, one step before the end of an epoch.
+    """
     folder = tmp_path_factory.mktemp("runs")
+    step = train.update
     for name in ("a", "b"):
         with pytest.MonkeyPatch.context() as patch:
+            steps = iter([step, step])
 
-            def update(*arguments):
-                raise Interrupted
+            def update(*arguments, steps=steps):
+                make_step = next(steps, None)
+                if make_step is None:
+                    raise Interrupted
+                make_step(*arguments)
 
+            patch.setattr(train, "SAVE_EVERY", 2)
             patch.setattr(train, "update", update)
             with pytest.raises(Interrupted):
                 seed = "0" if name == "a" else "1"
@@ -72,7 +86,7 @@ def test_a_state_saved_on_a_cpu_is_gone_on_from_on_a_gpu():
     assert state.progress.samples == 3
 
 
-def test_no_flipped_bit_in_a_state_or_in_what_was_learned_is_accepted_as_another_value(run):
+def test_no_flipped_bit_in_what_was_learned_is_accepted_as_another_value(run):
     path = run / "done" / "adapters.pt"
     expected = str(torch.load(path))
     whole = path.read_bytes()
@@ -155,7 +169,11 @@ def test_what_was_learned_must_fit_the_run(run, change):
 @pytest.mark.parametrize("key", ["progress", "trained", "ranks", "optimizer", "search"])
 @pytest.mark.parametrize("value", [None, 3, [1]])
 def test_a_state_of_the_wrong_form_is_refused_and_the_logs_stay(run, capsys, key, value):
-    edit(run / "a" / "state.pt", lambda state: state.update({key: value}))
+    def change(state):
+        state[key] = value
+        del state["checksum"]  # as in the state of an older run
+
+    edit(run / "a" / "state.pt", change)
     history = (run / "a" / "history.jsonl").read_bytes()
     (run / "a" / "history.jsonl").write_bytes(history + b"{}\n")
     assert train.main(["--resume", str(run / "a")]) == 2
@@ -163,10 +181,105 @@ def test_a_state_of_the_wrong_form_is_refused_and_the_logs_stay(run, capsys, key
     assert (run / "a" / "history.jsonl").read_bytes() == history + b"{}\n"
 
 
-def test_a_negative_count_of_recorded_steps_is_refused(run, capsys):
-    edit(run / "a" / "state.pt", lambda state: state["search"].update(recorded_steps=-1))
-    assert train.main(["--resume", str(run / "a")]) == 2
-    assert "recorded steps is negative" in capsys.readouterr().err
+def first_moments(state):
+    return next(iter(state["optimizer"].values()))
+
+
+STATE_CHANGES = {
+    "an example that is not there": lambda state: state["progress"].update(queue=[[10**6]]),
+    "no evaluation": lambda state: state["progress"].update(evaluations=[], step=4),
+    "an empty evaluation": lambda state: state["progress"].update(evaluations=[{}], step=4),
+    "a step after the last": lambda state: state["progress"].update(step=99),
+    "no time": lambda state: state["progress"].update(step_seconds=0.0),
+    "a loss of nan": lambda state: state["progress"].update(loss=float("nan")),
+    "no moments": lambda state: first_moments(state).pop("exp_avg"),
+    "moments of nan": lambda state: first_moments(state)["exp_avg"].fill_(float("nan")),
+    "a parameter without moments": lambda state: state["optimizer"].popitem(),
+    "sums of other shapes": lambda state: state["search"]["recorded"].update({"layers.0.q": [1]}),
+}
+
+
+class Reached(Exception):
+    pass
+
+
+def load(folder, saved):
+    """Load a run's state up to where it is put back -> the checksum of its content"""
+    run = Run(str(folder), is_new=False)
+    run.checksum = saved["run"]
+    run.data_checksum = saved["data"]
+
+    def restore(content):
+        raise Reached(content_checksum(content))
+
+    with pytest.raises(Reached) as reached:
+        run.load(types.SimpleNamespace(restore=restore))
+    return reached.value.args[0]
+
+
+@pytest.mark.parametrize("change", STATE_CHANGES)
+def test_a_state_with_a_value_that_no_run_saves_is_refused(run, change):
+    path = run / "a" / "state.pt"
+    saved = torch.load(path)
+    assert load(run / "a", saved) == saved["checksum"]
+    edit(path, STATE_CHANGES[change])
+    with pytest.raises(InputError, match="state.pt .* was changed by hand"):
+        load(run / "a", saved)
+
+
+def test_no_flipped_bit_in_a_state_is_accepted_as_another_value(run):
+    path = run / "a" / "state.pt"
+    whole = path.read_bytes()
+    saved = torch.load(path)
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(FLIPS):
+        path.write_bytes(whole)
+        flip_a_bit(path, draw.randrange(len(whole)))
+        before = contents(run / "a")
+        try:
+            assert load(run / "a", saved) == saved["checksum"]
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        assert contents(run / "a") == before
+    assert refused > FLIPS / 2
+
+
+def test_the_state_of_an_older_run_without_a_checksum_is_gone_on_from(run):
+    edit(run / "a" / "state.pt", lambda state: state.pop("checksum"))
+    assert train.main(["--resume", str(run / "a")]) == 0
+
+
+def changed(value):
+    """Yield copies of a content, each with one value that is another."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield {name: item for name, item in value.items() if name != key}
+            for other in changed(part):
+                yield {**value, key: other}
+    elif isinstance(value, list):
+        yield [*value, value]
+        for i, part in enumerate(value):
+            for other in changed(part):
+                yield [*value[:i], other, *value[i + 1 :]]
+    elif isinstance(value, torch.Tensor):
+        yield value + 1
+        yield value.view(torch.int16)  # the same bytes
+        yield value[None]
+    else:
+        yield repr(value)
+        yield None
+
+
+def test_every_value_and_its_place_are_in_the_checksum_of_a_content():
+    ranks = torch.tensor([[1, 0]])
+    content = {"a": {0: ranks, 1: ranks.to(torch.bfloat16)}, "b": [[1], [2.5, "x"]], "c": []}
+    assert content_checksum(copy.deepcopy(content)) == content_checksum(content)
+    others = [content, *changed(content)]
+    others += [[], {}, (), [[]], [1], ["1"], [1.0], [True], [[1], 2], [[1, 2]]]
+    assert len(others) > 30
+    assert len({content_checksum(other) for other in others}) == len(others)
 
 
 def test_a_foreign_state_changes_no_file_outside_the_run(run, tmp_path):
