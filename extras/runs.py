@@ -51,8 +51,17 @@ def resumed_args(parser, args, argv):
     if extra:
         extra = ", ".join(f"--{name.replace('_', '-')}" for name in extra)
         parser.error(f"--resume takes its flags from the run, and no {extra}")
-    flags = read_config(args.resume)["flags"] | given
-    flags["out"] = args.resume
+    flags = read_config(args.resume)["flags"]
+    unknown = flags.keys() - (vars(args).keys() - {*NOT_SAVED})
+    if unknown:
+        unknown = ", ".join(sorted(unknown))
+        raise InputError(f"{args.resume}: its config.json has flags that no run saves: {unknown}")
+
+    def refuse(message):
+        raise InputError(f"{args.resume}: its config.json: {message}")
+
+    parser.error = refuse  # a wrong value there is no wrong use of the command line
+    flags = flags | given | {"out": args.resume}
     return parser.parse_args([f"--{name.replace('_', '-')}={flags[name]}" for name in flags])
 
 
@@ -99,13 +108,13 @@ class Run:
         self.log("config  " + " ".join(f"{name}={value}" for name, value in flags.items()))
         if not self.folder:
             return
-        self.take_folder()
         self.config = {"command": args.command, "flags": flags}
         self.config |= {"checkpoint": model.checkpoint, "form": model.form}
         if not self.is_new:
             before = read_config(self.folder)
             check_checkpoint(before, model, args.model, self.folder)
             self.config["command"] = before["command"]
+        self.take_folder()  # last: it removes the logs of a run without a state
         self.config["checksum"] = self.checksum = run_checksum(flags, model.checkpoint)
         if not self.has_state():  # else `load` writes config.json, once the state is checked
             self.write_config()

@@ -65,10 +65,13 @@ def read_config(folder):
     if not os.path.isfile(path):
         raise InputError(f"{folder} holds no run: there is no config.json in it")
     config = read_json(path)
-    flags = config.get("flags")
-    if not isinstance(flags, dict) or not all(isinstance(text, str) for text in flags.values()):
-        raise InputError(f"{path}: no flags of a run in it")
-    if config.get("checksum") != run_checksum(flags, config.get("checkpoint")):
+    for key, kind in (("command", str), ("flags", dict), ("checkpoint", int), ("checksum", int)):
+        if type(config.get(key)) is not kind:
+            raise InputError(f"{path}: no {key} of a run in it")
+    flags = config["flags"]
+    if not all(type(text) is str for text in flags.values()):
+        raise InputError(f"{path}: a flag in it is no text")
+    if config["checksum"] != run_checksum(flags, config["checkpoint"]):
         raise InputError(f"{path} was changed by hand, or is damaged: its checksum is wrong")
     return config
 

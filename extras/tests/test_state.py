@@ -65,6 +65,19 @@ def edit(path, change):
     torch.save(content, path)
 
 
+def edit_config(folder, change):
+    """Change the config of a run, and give it the checksum that it wants then."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    config["checksum"] = run_checksum(config["flags"], config["checkpoint"])
+    path.write_text(json.dumps(config))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def flip_a_bit(path, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
@@ -308,6 +321,89 @@ def test_a_config_that_was_changed_is_refused(run, capsys, flag, is_deleted):
     path.write_text(json.dumps(changed))
     assert train.main(["--resume", str(run / "a")]) == 2
     assert "checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["command", "flags", "checkpoint", "checksum"])
+def test_a_config_that_lacks_a_key_is_refused(run, capsys, key):
+    path = run / "a" / "config.json"
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+    assert train.main(["--resume", str(run / "a")]) == 2
+    assert f"no {key} of a run" in capsys.readouterr().err
+
+
+def test_a_foreign_config_touches_no_other_folder(run, capsys):
+    for name in ("a", "b"):
+        os.remove(run / name / "state.pt")  # such a run begins anew, without its logs
+    before = contents(run / "b")
+
+    def name_the_other(config):
+        config["flags"] = {"out": "", **config["flags"], "ou": str(run / "b")}
+
+    edit_config(run / "a", name_the_other)
+    assert train.main(["--resume", str(run / "a")]) == 2
+    assert "flags that no run saves: ou, out" in capsys.readouterr().err
+    assert contents(run / "b") == before
+
+
+def test_another_checkpoint_is_refused_before_the_logs_of_a_run_without_a_state_go(run, capsys):
+    os.remove(run / "a" / "state.pt")
+    edit_config(run / "a", lambda config: config.update(form=3))
+    before = contents(run / "a")
+    assert train.main(["--resume", str(run / "a")]) == 2
+    assert "another config or tokenizer" in capsys.readouterr().err
+    assert contents(run / "a") == before
+
+
+def damage(config, draw):
+    """Return the text of a config with one fault, and whether its checksum fits the flags."""
+    config = copy.deepcopy(config)
+    kind = draw.choice(["cut", "key", "flag", "flag that is sealed"])
+    if kind == "cut":
+        text = json.dumps(config)
+        return text[: draw.randrange(len(text))], False
+    place = config if kind == "key" else config["flags"]
+    name = draw.choice([*place, "new", "out", "ou", "resume", "help", "out=b", "\n"])
+    junk = [None, True, -1, 2.5, 10**30, "", "x", "7", "nan", "b", "\ud800", "\0\n", [], {}]
+    place[name] = draw.choice(junk)
+    if draw.random() < 0.2:
+        del place[name]
+    is_sealed = kind == "flag that is sealed"
+    if is_sealed:
+        config["checksum"] = run_checksum(config["flags"], config["checkpoint"])
+    return json.dumps(config), is_sealed
+
+
+def test_a_damaged_config_is_refused_in_one_line_or_means_the_same(run):
+    folder = run / "a"
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    model = types.SimpleNamespace(checkpoint=config["checkpoint"], form=config["form"])
+    no_matter = ("command", *PLACES)
+
+    def resumed():
+        args = train.parse_args(["--resume", str(folder)])
+        Run(args.out, is_new=False).begin(args, model)
+        return {name: value for name, value in vars(args).items() if name not in no_matter}
+
+    expected = resumed()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(CASES):
+        text, is_sealed = damage(config, draw)
+        path.write_text(text)
+        before = contents(folder)
+        try:
+            flags = resumed()
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert flags["out"] == flags["resume"] == str(folder)
+            assert is_sealed or flags == expected
+        assert contents(folder) == before
+    assert CASES / 2 < refused < CASES
 
 
 @pytest.mark.parametrize("flag", ["--out", "--resume", "--task", "--model", "--data-dir"])
