@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+import data
 import train
+from data import InputError
 from extras import evaluate, predict, setup
 from extras.flags import command
 
@@ -60,6 +62,26 @@ def test_what_the_terminal_cannot_show_is_written_as_an_escape(run, monkeypatch)
     monkeypatch.setattr(predict, "predict", lambda model, examples: [("naïve", 0.5)])
     predict.main([run, "a", "b"])
     assert out.buffer.getvalue() == b"label na\\xefve | probability 0.5000\n"
+
+
+@pytest.fixture
+def broken(run):
+    """Give a model that the run has learned, whose head has lost a number."""
+    model = train.load_run(run)
+    model.head[0].bias.data[0] = float("nan")
+    return model
+
+
+def test_predict_refuses_to_answer_with_a_probability_that_is_not_finite(broken):
+    with pytest.raises(InputError, match="no finite probability"):
+        predict.predict(broken, [("a cook .", "a doctor .")])
+
+
+def test_a_loss_on_the_dev_set_that_is_not_finite_is_no_result(broken):
+    examples = [("a cook .", "a doctor .", 0)]
+    split = data.Split(examples, broken.tokenizer, max_length=16, device="cpu")
+    with pytest.raises(FloatingPointError, match="loss on the dev set is nan"):
+        train.evaluate(broken, split, data.accuracy)
 
 
 def test_evaluate_gives_the_metric_of_the_run_also_for_another_task(tmp_path):
