@@ -11,6 +11,7 @@ import html
 import itertools
 import json
 import os
+import re
 
 from data import InputError
 from extras.files import write
@@ -112,12 +113,17 @@ def read_history(folder):
         if not history or not costs:
             raise ValueError("there is no allocation in it")
         for name, prices_of_ranks in costs.items():
+            if not re.fullmatch(r"([\w.]+\.)?\d{1,6}\.\w+", name, re.ASCII):
+                raise ValueError(f"{name!r:.40} where a name such as layers.3.q is wanted")
             check_numbers(prices_of_ranks, f"costs of {name}")
         for entry in history:
             if entry["ranks"].keys() != costs.keys():
                 raise ValueError("an allocation has other modules than the search space")
             check_numbers([entry["step"], entry["parameters"], *entry["ranks"].values()], "entry")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            for name, rank in entry["ranks"].items():
+                if rank > len(costs[name]):
+                    raise ValueError(f"rank {rank} of {name}, which has {len(costs[name])}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not the history of a search: {error}") from None
     return costs, history
 

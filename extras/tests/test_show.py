@@ -1,6 +1,8 @@
 """Grids, overlaps and whole histories, by hand."""
 
+import copy
 import json
+import random
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -130,6 +132,81 @@ def test_a_module_with_wrong_costs_is_refused(run, costs):
     path.write_text("\n".join([json.dumps(space), *history]))
     with pytest.raises(InputError, match="costs of layers.0.q"):
         show.read_history(str(run))
+
+
+@pytest.mark.parametrize("name", ["layers.x.q", "q", "layers.0.\ud800", f"layers.{10**99}.q"])
+def test_a_module_without_a_layer_that_can_be_counted_is_refused(run, name):
+    path = run / "history.jsonl"
+    path.write_text(path.read_text().replace('"layers.0.q"', json.dumps(name)))
+    with pytest.raises(InputError, match="name such as layers.3.q"):
+        show.read_history(str(run))
+
+
+def test_a_rank_that_has_no_cost_is_refused(run):
+    path = run / "history.jsonl"
+    path.write_text(path.read_text().replace('"layers.0.q": 2', '"layers.0.q": 3'))
+    with pytest.raises(InputError, match="rank 3 of layers.0.q, which has 2"):
+        show.read_history(str(run))
+
+
+CASES = 300  # of damaged histories
+
+
+def places(value):
+    """Return (container, key) of everything in nested lists and dictionaries."""
+    found = []
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    for key in keys:
+        found.append((value, key))
+        if isinstance(value[key], (dict, list)):
+            found += places(value[key])
+    return found
+
+
+def damage(records, draw):
+    """Return the text of a history with one fault."""
+    records = copy.deepcopy(records)
+    container, key = draw.choice(places(records))
+    kind = draw.choice(["cut", "nested", "value", "delete", "name", "another's value"])
+    if kind == "value":
+        junk = [None, True, -1, 2.5, 10**30, 3, "", "x", "\0", [], {}, [[1]], float("nan")]
+        container[key] = draw.choice(junk)
+    if kind == "delete":
+        del container[key]
+    if kind == "another's value":
+        other, other_key = draw.choice(places(records))
+        container[key] = copy.deepcopy(other[other_key])
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    if kind == "name":  # of a module or of anything else, in all lines
+        new = draw.choice(["", "x", "layers.1.q", "layers.7.\ud800", "layers.x.q", "layers.9.q"])
+        text = text.replace(json.dumps(key), json.dumps(new))
+    place = draw.randrange(len(text))
+    if kind == "cut":
+        return text[:place]
+    if kind == "nested":
+        return text[:place] + "[" * 10**5 + text[place:]
+    return text
+
+
+def test_a_damaged_history_is_refused_in_one_line_or_shown_as_it_is(run, capsys):
+    path = run / "history.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(CASES):
+        path.write_text(damage(records, draw))
+        try:
+            show.main([str(run), "--svg", str(run / "search.svg")])
+        except SystemExit as stop:
+            assert stop.code == 2
+            assert capsys.readouterr().err.count("\n") == 1
+            assert not (run / "search.svg").exists()
+            refused += 1
+        else:
+            assert show.describe(*show.read_history(str(run))) in capsys.readouterr().out
+            ElementTree.parse(run / "search.svg")
+            (run / "search.svg").unlink()
+    assert CASES / 2 < refused < CASES
 
 
 def test_a_missing_folder_is_refused_by_its_name(capsys):
