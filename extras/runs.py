@@ -227,14 +227,14 @@ class Run:
         """Put back what `save` wrote, and cut the logs back to that moment. Raises InputError."""
         path = self.path("state.pt")
         saved = read_pickle(path, ("run", "data", "sizes", "progress", "trained"))
-        if saved["run"] != self.checksum:
-            raise InputError(f"{path} is of a run with other flags or another checkpoint")
-        if saved["data"] != self.data_checksum:
-            raise InputError("the data are not those that the run began with")
         with fitting(path):
             checksum = saved.pop("checksum", None)  # the state of an older run has none
             if checksum not in (None, content_checksum(saved)):
                 raise ValueError("it was changed by hand, or is damaged")
+            if saved["run"] != self.checksum:
+                raise ValueError("it is of a run with other flags or another checkpoint")
+            if saved["data"] != self.data_checksum:
+                raise ValueError("the data are not those that the run began with")
             sizes = {name: int(saved["sizes"][name]) for name in LOGS}
             state.restore(saved)
         self.logged = len(state.search.history) if state.search else 0

@@ -70,7 +70,7 @@ def read_config(folder):
             raise InputError(f"{path}: no {key} of a run in it")
     flags = config["flags"]
     if not all(type(text) is str for text in flags.values()):
-        raise InputError(f"{path}: a flag in it is no text")
+        raise InputError(f"{path}: its flags must all be texts")
     if config["checksum"] != run_checksum(flags, config["checkpoint"]):
         raise InputError(f"{path} was changed by hand, or is damaged: its checksum is wrong")
     return config
@@ -229,7 +229,7 @@ def read_learned(folder):
         raise InputError(f"{folder} is not finished: go on with it, train.py --resume {folder}")
     learned = read_pickle(path, ("run", "ranks", "adapters", "head", "labels", "texts"))
     labels = learned["labels"]
-    if type(labels) is not list or not all(type(label) is str for label in labels):
+    if type(labels) is not list or not labels or not all(type(label) is str for label in labels):
         raise InputError(f"{path}: want a list of labels")
     if type(learned["texts"]) is not int or learned["texts"] not in (1, 2):
         raise InputError(f"{path}: want 1 or 2 texts in an example")
@@ -254,13 +254,13 @@ def put_learned(folder, learned, args, model, adapters):
     config = read_config(folder)
     path = os.path.join(folder, "adapters.pt")
     check_checkpoint(config, model, args.model, folder)
-    if learned["run"] != config["checksum"]:
-        raise InputError(f"{path} is of a run with other flags or another checkpoint")
     model.args = args
     model.adapters = adapters
     model.labels = learned["labels"]
     model.texts = learned["texts"]
     with fitting(path):
+        if learned["run"] != config["checksum"]:
+            raise ValueError("it is of a run with other flags or another checkpoint")
         if args.method == "full":
             put(learned["encoder"], dict(model.encoder.named_parameters()))
         put(learned["head"], dict(model.head.named_parameters()))

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import types
+import warnings
 
 import pytest
 import torch
@@ -163,18 +164,21 @@ CHANGES = {
     "complex": make_complex,
     "rank": change_a_rank,
     "labels": lambda learned: learned.update(labels=3),
+    "no label": lambda learned: learned.update(labels=[]),
     "a label": lambda learned: learned.update(labels=["0", None]),
     "texts": lambda learned: learned.update(texts=None),
     "three texts": lambda learned: learned.update(texts=3),
     "adapters": lambda learned: learned.update(adapters=[]),
     "run": lambda learned: learned.update(run=1),
+    "a tensor as run": lambda learned: learned.update(run=torch.ones(2)),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_was_learned_must_fit_the_run(run, change):
     edit(run / "done" / "adapters.pt", CHANGES[change])
-    with pytest.raises(InputError, match="adapters.pt") as error:
+    with warnings.catch_warnings(), pytest.raises(InputError, match="adapters.pt") as error:
+        warnings.simplefilter("error")  # it would be a second line
         train.load_run(run / "done")
     assert "\n" not in str(error.value)
 
@@ -199,6 +203,7 @@ def first_moments(state):
 
 
 STATE_CHANGES = {
+    "a tensor in place of a number": lambda state: state.update(run=torch.ones(2)),
     "an example that is not there": lambda state: state["progress"].update(queue=[[10**6]]),
     "no evaluation": lambda state: state["progress"].update(evaluations=[], step=4),
     "an empty evaluation": lambda state: state["progress"].update(evaluations=[{}], step=4),
