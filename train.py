@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import data
 import heterolora
 from data import InputError
-from extras.flags import names, number, parse_budget, path
+from extras.flags import arguments, names, number, parse_budget
 from extras.part_ranks import RankAdamW, hold_off_ranks
 from model import Classifier
 
@@ -59,13 +59,13 @@ def parse_args(argv=None):
         prog="train.py", usage="python train.py [flags]", description="HeteroLoRA and baselines."
     )
     add = parser.add_argument_group("task and model").add_argument
-    add("--task", type=path, default="paraphrase", help="built-in, GLUE, or your own folder")
+    add("--task", default="paraphrase", help="built-in, GLUE, or your own folder")
     add("--metric", choices=data.METRICS, help="of tasks with two classes, beside accuracy")
-    add("--data-dir", type=path, help="the folder above MRPC/train.tsv (default: downloaded)")
+    add("--data-dir", help="the folder above MRPC/train.tsv (default: downloaded)")
     add("--train-limit", type=whole, help="train on so many examples")
     add("--holdout", type=positive, help="evaluate on this share of the training set, not on dev")
     add("--max-length", type=number(int, 4), default=128, help="tokens of an example (128)")
-    add("--model", type=path, default="built-in", help="a BERT or RoBERTa: folder or hub id")
+    add("--model", default="built-in", help="a BERT or RoBERTa: folder or hub id")
     add("--pooling", choices=("mean", "cls"), default="mean", help="what the head sees (mean)")
 
     add = parser.add_argument_group("method").add_argument
@@ -94,10 +94,10 @@ def parse_args(argv=None):
     add("--seed", type=number(int, -1), default=0)
     add("--device", help="cpu, cuda, cuda:1 ... (cuda if there is one)")
     add("--precision", choices=PRECISIONS, help="of frozen weights (bfloat16 if that is fast)")
-    add("--out", type=path, metavar="DIR", help="a new folder for logs, state, result, adapters")
-    add("--resume", type=path, metavar="DIR", help="go on with a run that was interrupted")
+    add("--out", metavar="DIR", help="a new folder for logs, state, result, adapters")
+    add("--resume", metavar="DIR", help="go on with a run that was interrupted")
 
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments(argv))
     if args.resume:
         from extras.runs import resumed_args
 

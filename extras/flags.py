@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import re
+import shlex
 import sys
 import warnings
 
@@ -25,11 +26,16 @@ def number(kind, above, most=sys.maxsize):
     return parse
 
 
-def path(text):
-    """Return a name as it is. It may not be empty, as that of an unset shell variable is."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
-    return text
+def arguments(argv=None):
+    """Return the arguments of a command. Raises InputError for an empty one.
+
+    That comes from a shell variable that is not set, and is never meant.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for argument in argv:
+        if not argument or re.fullmatch(r"--[\w-]+=", argument):
+            raise InputError(f"an argument is empty, as an unset variable is: {shlex.join(argv)}")
+    return argv
 
 
 def names(text):
@@ -63,7 +69,7 @@ def parse_budget(text, most):
 def command(main):
     """Make main(argv) say in a line what is wrong with its input, and exit with status 2 then.
 
-    A warning is a line too.
+    A warning is a line too. So is Ctrl-C, with status 130.
     """
 
     @functools.wraps(main)
@@ -71,7 +77,7 @@ def command(main):
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
         try:
             try:
-                main(argv)
+                main(arguments(argv))
             finally:  # not at the end of Python, where nothing catches an error
                 if sys.stdout:
                     sys.stdout.flush()
@@ -81,5 +87,8 @@ def command(main):
         except (InputError, OSError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
 
     return run

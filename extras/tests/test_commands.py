@@ -1,4 +1,4 @@
-"""The commands on a finished run: predict and evaluate."""
+"""Claims about all commands, and about two on a finished run: predict and evaluate."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import pytest
 import data
 import train
 from data import InputError
-from extras import evaluate, predict, setup
+from extras import benchmark, compare, confirm, evaluate, evidence, export, predict, setup, show
 from extras.flags import command
 
 
@@ -149,3 +149,33 @@ def test_a_command_whose_output_nobody_reads_any_more_ends_without_a_word(capsys
         with pytest.raises(SystemExit, match="1"):
             command(lambda argv: print("a line"))()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "module, arguments",
+    [
+        (benchmark, ["--steps="]),
+        (compare, ["lora", "--results", ""]),
+        (confirm, ["file", "--svg", ""]),
+        (evaluate, ["run", "--data-dir="]),
+        (evidence, ["file", "--task", "mrpc", "--svg", ""]),
+        (export, ["run", "--merge", "new", "--peft", ""]),
+        (predict, ["run", "--model", ""]),
+        (show, [""]),
+    ],
+)
+def test_an_empty_argument_is_refused_by_every_command(module, arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        module.main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "an argument is empty" in line
+
+
+def test_a_command_that_is_stopped_says_so_in_one_line(capsys):
+    @command
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        main([])
+    assert capsys.readouterr().err == "stopped\n"
