@@ -193,24 +193,28 @@ def find_checkpoint(name_or_dir):
     return hub_folder(name)
 
 
-def read_weights(folder):
-    """Return the path of a folder's weights, and its tensors {name: tensor}. Raises InputError."""
-    safe, pickle = [os.path.join(folder, name) for name in WEIGHTS]
-    if os.path.isfile(safe):
-        return safe, read_safetensors(safe)
-    if os.path.isfile(pickle):
-        return pickle, read_pickle(pickle, keys=())
+def find_weights(folder):
+    """Return the path of a folder's weights. Raises InputError."""
+    for name in WEIGHTS:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return path
     raise InputError(f"{folder}: no weights: want {' or '.join(WEIGHTS)}, not in several parts")
 
 
-def load_encoder(folder):
+def load_encoder(folder, weights=None):
     """Return the Encoder of a Hugging Face folder, in float32. Its attribute `folder` says which.
 
-    Heads and poolers are left out. Raises InputError for a missing file or tensor, a damaged one,
-    a wrong shape, numbers that are not finite, and layers that config.json does not have.
+    weights: their path, if it is not one of WEIGHTS in the folder. Heads and poolers are left out.
+    Raises InputError for a missing file or tensor, a damaged one, a wrong shape, numbers that are
+    not finite, and layers that config.json does not have.
     """
     config = read_encoder_config(os.path.join(folder, "config.json"))
-    path, tensors = read_weights(folder)
+    path = weights or find_weights(folder)
+    if path.endswith(".safetensors"):
+        tensors = read_safetensors(path)
+    else:
+        tensors = read_pickle(path, keys=())
     with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced
         encoder = Encoder(config)
     missing = {hf_name(name): (name, weight.shape) for name, weight in encoder.named_parameters()}

@@ -9,11 +9,11 @@ import os
 import zipfile
 
 from data import GLUE, InputError, read_text
-from extras.checkpoints import read_pickle, read_safetensors
+from extras.checkpoints import load_encoder
 from extras.configs import read_encoder_config
 from extras.files import cache_path, lock, write
 from extras.tables import read_glue
-from extras.tokenizers import BPE, WordPiece
+from extras.tokenizers import BPE, WordPiece, load_tokenizer
 from extras.transfer import HUB, NotThere, address_of, fetch, keep, unfinished
 from extras.vocabularies import read_merges, read_options, read_vocabulary
 
@@ -31,9 +31,10 @@ def check_vocabulary(path, specials):
     Some models have room for more tokens than there are, but not for many more.
     """
     config = read_encoder_config(os.path.join(os.path.dirname(path), "config.json"))
-    count = len(read_vocabulary(path, specials))
-    if count < 0.9 * config.vocab_size:
-        raise InputError(f"{path}: {count} tokens, and the model has {config.vocab_size}: cut off?")
+    vocab = read_vocabulary(path, specials)
+    if len(vocab) < 0.9 * config.vocab_size or max(vocab.values()) >= config.vocab_size:
+        reason = f"and the model has {config.vocab_size}: cut off, or of another model?"
+        raise InputError(f"{path}: {len(vocab)} tokens, {reason}")
 
 
 def check_merges(path):
@@ -42,14 +43,19 @@ def check_merges(path):
     read_merges(path, read_vocabulary(vocab_json, BPE.specials))
 
 
+def check_weights(path):
+    """Raise InputError unless a file holds the weights of the config.json beside it."""
+    load_encoder(os.path.dirname(path), weights=path)
+
+
 HUB_FILES = {  # file of a model on the hub -> a function that raises InputError for anything else
     "config.json": read_encoder_config,  # refuses other architectures, before the large files come
     "tokenizer_config.json": read_options,
     "vocab.txt": functools.partial(check_vocabulary, specials=WordPiece.specials),
     "vocab.json": functools.partial(check_vocabulary, specials=BPE.specials),
     "merges.txt": check_merges,
-    "model.safetensors": read_safetensors,
-    "pytorch_model.bin": functools.partial(read_pickle, keys=()),
+    "model.safetensors": check_weights,
+    "pytorch_model.bin": check_weights,
 }
 
 
@@ -79,6 +85,7 @@ def hub_folder(name):
         get("tokenizer_config.json")
         if not get("vocab.txt") and not (get("vocab.json") and get("merges.txt")):
             raise InputError(f"{name}: neither vocab.txt nor vocab.json with merges.txt on the hub")
+        load_tokenizer(folder)  # refuses other kinds
         if not get("model.safetensors") and not get("pytorch_model.bin"):
             raise InputError(
                 f"{name}: no weights in one file on the hub: sharded ones are not read"

@@ -84,7 +84,6 @@ def fetch(url, path, check):
     """
     if os.path.isfile(path):
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     part = unfinished(path)
     for pause in PAUSES:
         time.sleep(pause)
@@ -108,7 +107,7 @@ def attempt(url, part):
         problem = f"{error.code} {error.reason}"
         if error.code == 404:
             raise NotThere(f"{url}: {problem}") from None
-        if error.code == 416:  # `part` is longer than the file on the server
+        if error.code == 416 and os.path.isfile(part):  # longer than the file on the server
             write(part, "")
         elif error.code < 500 and error.code not in (408, 429):
             raise InputError(f"{url}: {problem}: misspelt, or private (set HF_TOKEN)?") from None
@@ -135,6 +134,7 @@ def download(url, part):
         headers = response.headers
         if headers.get_content_type() == "text/html":
             raise InputError(f"{url}: a web page came instead: does the network want a login?")
+        os.makedirs(os.path.dirname(part), exist_ok=True)  # not before something came
         total = response.length
         if response.status == 206:
             rest = re.fullmatch(rf"bytes {have}-\d+/(\d{{1,18}})", headers.get("Content-Range", ""))

@@ -19,21 +19,39 @@ import pytest
 import torch
 
 from data import GLUE, InputError
-from extras import downloads, transfer
+from extras import checkpoints, downloads, transfer
+from model import Encoder, EncoderConfig
 
 BODY = random.Random(0).randbytes(900_000)
-BERT = b'{"model_type": "bert", "vocab_size": 105}'
-ROBERTA = b'{"model_type": "roberta", "vocab_size": 8}'
+SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 8, "max_position_embeddings": 16}
+CONFIGS = {
+    "bert": EncoderConfig("bert", 105, **SIZES),
+    "roberta": EncoderConfig("roberta", 8, pad_token_id=1, **SIZES),
+}
+BERT, ROBERTA = [json.dumps(vars(config)).encode() for config in CONFIGS.values()]
 VOCAB_TXT = b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n" + b"".join(b"w%03d\n" % i for i in range(100))
 ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "ab"]
 VOCAB_JSON = json.dumps({token: i for i, token in enumerate(ROBERTA_TOKENS)}).encode()
 
 
-def safetensors(content):
-    """Return a .safetensors file with one tensor of bytes."""
-    entry = {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}
-    header = json.dumps({"a": entry}).encode()
-    return len(header).to_bytes(8, "little") + header + content
+def tensors(kind):
+    """Return the weights of an encoder under Hugging Face's names."""
+    state = Encoder(CONFIGS[kind]).state_dict()
+    return {checkpoints.hf_name(name): tensor for name, tensor in state.items()}
+
+
+def safetensors(tensors):
+    """Return a .safetensors file of tensors in float32."""
+    header = {}
+    content = b""
+    for name, tensor in tensors.items():
+        raw = tensor.numpy().tobytes()
+        offsets = [len(content), len(content) + len(raw)]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
+        content += raw
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content
 
 
 def pickled(value):
@@ -43,7 +61,7 @@ def pickled(value):
     return buffer.getvalue()
 
 
-WEIGHTS = safetensors(BODY)
+WEIGHTS = safetensors(tensors("bert"))
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -277,7 +295,7 @@ def on_the_hub(server, **files):
             "config__json": ROBERTA,
             "vocab__json": VOCAB_JSON,
             "merges__txt": b"a b",
-            "pytorch_model__bin": pickled({"a": torch.ones(2)}),
+            "pytorch_model__bin": pickled(tensors("roberta")),
         },
     ],
 )
@@ -329,7 +347,7 @@ WHOLE_ROBERTA = {
     "config.json": ROBERTA,
     "vocab.json": VOCAB_JSON,
     "merges.txt": b"a b",
-    "pytorch_model.bin": pickled({"a": torch.ones(2)}),
+    "pytorch_model.bin": pickled(tensors("roberta")),
 }
 
 
@@ -350,6 +368,38 @@ def test_an_answer_that_cannot_be_read_does_not_enter_the_cache(server, tmp_path
         assert (folder / name).read_bytes() == content
 
 
+QUERY = "encoder.layer.0.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("model.safetensors", safetensors({"a": torch.ones(2)}), "embeddings.* is missing"),
+        ("model.safetensors", {QUERY: torch.ones(8, 9)}, r"\[8, 9\], and config.json asks for"),
+        ("model.safetensors", {QUERY: torch.full((8, 8), torch.nan)}, "not finite"),
+        ("model.safetensors", {"encoder.layer.1.x": torch.ones(1)}, "an encoder without it"),
+        ("vocab.txt", VOCAB_TXT + b"one more\n", "106 tokens, and the model has 105"),
+        ("tokenizer_config.json", b'{"tokenizer_class": "XLNetTokenizer"}', "XLNet.*supported"),
+    ],
+    ids=range(6),
+)
+def test_files_that_do_not_fit_together_are_not_admitted(server, name, content, message):
+    if isinstance(content, dict):
+        content = safetensors(tensors("bert") | content)
+    for file, whole in (WHOLE | {name: content}).items():
+        server.content[f"/some/model/resolve/main/{file}"] = whole
+    for _ in range(2):  # the second time, too
+        with pytest.raises(InputError, match=message) as error:
+            downloads.hub_folder("some/model")
+        assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_misspelt_leaves_no_folder(server, tmp_path):
+    with pytest.raises(InputError, match="the hub has no config.json"):
+        downloads.hub_folder("some/model")
+    assert os.listdir(tmp_path / "cache") == ["lock"]
+
+
 def check_the_weights():
     torch.set_num_threads(1)  # a process made by fork has lost torch's threads
     folder = downloads.hub_folder("some/model")
@@ -360,7 +410,7 @@ def check_the_weights():
 def test_two_processes_that_download_at_the_same_time_both_get_whole_files(server):
     on_the_hub(server, config__json=BERT, vocab__txt=VOCAB_TXT, model__safetensors=WEIGHTS)
     weights = "/some/model/resolve/main/model.safetensors"
-    server.faults[weights] = [{"cut": 300_000}, {"cut": 300_000}]
+    server.faults[weights] = [{"cut": 1000}, {"cut": 1000}]
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=check_the_weights) for _ in range(2)]
     for process in processes:
