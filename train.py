@@ -245,11 +245,11 @@ def train(args):
         return run.result()
     task, tokenizer, model, adapters = prepare(args)
     device = model.head[0].weight.device
+    train_set = data.Split(task.train, tokenizer, args.max_length, device)
+    dev_set = data.Split(task.dev, tokenizer, args.max_length, device)
     run.begin(args, model)
     if device.type == "cpu":  # the same results, to rounding
         run.log(f"cpu     faster {fast_cpu.accelerate(model, args.precision)}")
-    train_set = data.Split(task.train, tokenizer, args.max_length, device)
-    dev_set = data.Split(task.dev, tokenizer, args.max_length, device)
     budget = int(args.budget or 0)
     sizes = f"{len(train_set.labels):,} train, {len(dev_set.labels):,} dev"
     run.log(f"data    {args.task}: {sizes}, classes {', '.join(task.labels)}")

@@ -11,7 +11,10 @@ import data
 import train
 from data import InputError
 from extras import benchmark, compare, confirm, evaluate, evidence, export, predict, setup, show
+from extras.checkpoints import read_safetensors, write_safetensors
 from extras.flags import command
+from test_heterolora import copy_builtin
+from test_heterolora import run as train_a_little
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +182,18 @@ def test_a_command_that_is_stopped_says_so_in_one_line(capsys):
     with pytest.raises(SystemExit, match="130"):
         main([])
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_an_encoder_that_is_too_short_for_the_examples_is_refused_and_leaves_no_folder(
+    tmp_path, capsys
+):
+    folder = copy_builtin(tmp_path / "model", max_position_embeddings=2)
+    path = os.path.join(folder, "model.safetensors")
+    tensors = read_safetensors(path)
+    name = next(name for name in tensors if "position_embeddings" in name)
+    tensors[name] = tensors[name][:2]
+    write_safetensors(path, tensors)
+    out = tmp_path / "a"
+    assert train_a_little("--method", "head", "--model", folder, out=out) == 2
+    assert "max_length 2: special tokens alone take 3" in capsys.readouterr().err
+    assert not out.exists()

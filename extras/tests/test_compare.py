@@ -231,9 +231,10 @@ def test_a_run_that_diverges_is_counted_and_kept(runs, capsys):
         "--epochs 1 lora",
     ],
 )
-def test_what_cannot_work_is_refused_before_the_first_run(runs, line, capsys):
+def test_what_cannot_work_is_refused_before_the_first_run(runs, line, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         compare.main(line.split())
     assert stop.value.code == 2
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
     assert runs == []
+    assert list(tmp_path.iterdir()) == []  # no results file
