@@ -31,7 +31,7 @@ from data import InputError
 from extras.evidence import gain_cell, level_cells, mean_and_sd
 from extras.fast_cpu import processor_name
 from extras.flags import command, number
-from extras.results import WRONG_FORM, best_lr, gain_over, records, run_of
+from extras.results import WRONG_FORM, best_lr, gain_over, open_results, records, run_of
 from extras.show import jaccard
 from heterolora import ALLOCATORS, PROXIES
 
@@ -115,16 +115,6 @@ def prepare(args, argv):
     return contenders
 
 
-def open_results(path):
-    """Make sure that results can be appended, on a line of their own. Raises OSError, InputError"""
-    if path.endswith(".gz"):
-        raise InputError(f"--results {path}: want a plain file; gunzip it first")
-    with open(path, "a+", encoding="utf-8", errors="replace") as file:
-        file.seek(0)
-        if file.read()[-1:] not in ("", "\n"):
-            file.write("\n")
-
-
 def code_checksum():
     """Return a number that tells whether the code is that of an earlier run; tests do not count."""
     root = pathlib.Path(train.__file__).parent
@@ -147,12 +137,20 @@ def read_record(path, key):
     found = None
     for line, record in records(path):
         try:
-            run_of({}, "", record["result"])  # refuses what is no result
+            check_result(record["result"])
             if as_key(record["flags"]) == key and record.get("processor", here) == here:
                 found = record
         except WRONG_FORM:
             warnings.warn(f"{path}, line {line}, is no result: left out", stacklevel=2)
     return found
+
+
+def check_result(result):
+    """Raise one of WRONG_FORM for a result that `table` cannot show."""
+    run_of({}, "", result)
+    in_words(result)
+    if "failed" not in result:
+        more_cells([result, result])
 
 
 def as_key(flags):
@@ -245,6 +243,13 @@ def overlap(ended):
     return f"{statistics.mean(jaccard(ranks, others) for ranks, others in pairs):.2f}"
 
 
+def more_cells(ended):
+    """Return three cells of the results of runs: best, overlap of seeds, seconds."""
+    best = mean_and_sd([100 * result["best"] for result in ended])
+    seconds = [result["train_seconds"] + result["search_seconds"] for result in ended]
+    return [best, overlap(ended), f"{statistics.mean(seconds):.0f}"]
+
+
 def table(contenders, results):
     """Return a Markdown table of {contender: {seed: result}}, as extras.evidence has it, and more.
 
@@ -261,12 +266,7 @@ def table(contenders, results):
         difference = gain_cell(gain) if gain and spec != first else ""
         cells = [f"`{spec}`", f"{contenders[spec].lr:g}", *level_cells(row), difference]
         ended = [result for result in results[spec].values() if "failed" not in result]
-        if ended:
-            seconds = [result["train_seconds"] + result["search_seconds"] for result in ended]
-            cells.append(mean_and_sd([100 * result["best"] for result in ended]))
-            cells.append(overlap(ended))
-            cells.append(f"{statistics.mean(seconds):.0f}")
-        cells += [""] * (10 - len(cells))
+        cells += more_cells(ended) if ended else [""] * 3
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

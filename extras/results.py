@@ -7,7 +7,6 @@ plain or gzipped.
 import dataclasses
 import gzip
 import json
-import math
 import statistics
 import warnings
 import zlib
@@ -42,6 +41,16 @@ class Gain:
 
 # What is raised where a record is not of the form of a finished run.
 WRONG_FORM = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+
+
+def open_results(path):
+    """Make sure that results can be appended, on a line of their own. Raises OSError, InputError"""
+    if path.endswith(".gz"):
+        raise InputError(f"--results {path}: want a plain file; gunzip it first")
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+        file.seek(0)
+        if file.read()[-1:] not in ("", "\n"):
+            file.write("\n")
 
 
 def records(path):
@@ -98,8 +107,8 @@ def run_of(flags, seed, result):
     if "failed" in result:
         return FinishedRun(flags, seed)
     score = 100 * float(result["last"])
-    if not math.isfinite(score):
-        raise ValueError(f"the metric is {score}")
+    if not -100 <= score <= 100:  # NaN is in no range
+        raise ValueError(f"the metric is {score / 100}")
     parameters = int(result["params_active"])
     ever_trained = int(result["params_ever_trained"])
     # The bits are those of accuracy. They say nothing of another metric.
@@ -122,6 +131,8 @@ def unpack_right(dev):
         return None
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(dev["right"]), np.uint8))
     n = round(bits.sum() / dev["accuracy"])  # the last byte is filled up with zeros
+    if not len(bits) - 8 < n <= len(bits):
+        raise ValueError(f"bits of {n} examples in {len(bits) // 8} bytes")
     return bits[:n]
 
 
@@ -180,6 +191,7 @@ def gain_over(row, baseline):
         return None
     differences = [run.score - other.score for run, other in pairs]
     by_example = None
-    if all(run.right is not None and other.right is not None for run, other in pairs):
+    kept = [run.right for pair in pairs for run in pair]
+    if all(right is not None and len(right) == len(kept[0]) for right in kept):
         by_example = np.mean([100.0 * run.right - 100.0 * other.right for run, other in pairs], 0)
     return Gain(differences, *mean_and_half_width(differences), by_example)

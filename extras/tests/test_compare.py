@@ -192,6 +192,33 @@ def test_a_torn_last_line_is_left_out_and_done_again(runs, tmp_path):
     assert json.loads(path.read_text().splitlines()[-1])["flags"]["seed"] == 2
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("metric", None),
+        ("best", None),
+        ("best", "0.5"),
+        ("ranks", None),
+        ("ranks", [1]),
+        ("train_seconds", None),
+        ("search_seconds", "1"),
+    ],
+)
+def test_a_record_that_the_table_cannot_show_is_left_out_and_done_again(
+    runs, tmp_path, name, value
+):
+    compare.main(["lora", "--seeds", "0"])
+    path = tmp_path / "results.jsonl"
+    record = json.loads(path.read_text())
+    record["result"][name] = value
+    if value is None:
+        del record["result"][name]
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.warns(UserWarning, match="line 1, is no result"):
+        compare.main(["lora", "--seeds", "0"])
+    assert len(runs) == 2
+
+
 def test_each_contender_chooses_its_learning_rate_on_held_out_examples(runs, capsys):
     compare.main("lora dynamic:lr=2 --lr 3 1 8 --seeds 0 1 2".split())
     tuning = [(r.method, r.lr, r.seed) for r in runs if r.holdout]

@@ -133,6 +133,28 @@ def test_a_run_that_kept_no_accuracy_has_no_bits():
     assert list(results.unpack_right({"right": "e0", "accuracy": 0.75})) == [1, 1, 1, 0]
 
 
+def with_bits(seed, method, right, accuracy):
+    """Return a line of a run that kept which examples it got right."""
+    record = json.loads(line(seed, accuracy, method=method))
+    record["result"] |= {"metric": "accuracy", "dev": {"right": right, "accuracy": accuracy}}
+    return json.dumps(record) + "\n"
+
+
+@pytest.mark.parametrize("right, accuracy", [("e0", 0.1), ("ffff", 2.0), ("e0", math.inf)])
+def test_bits_that_do_not_fit_their_accuracy_are_refused(show, capsys, right, accuracy):
+    lines = [with_bits(0, "lora", "e0", 0.75), with_bits(1, "lora", right, 0.75)]
+    lines[1] = lines[1].replace('"accuracy": 0.75', f'"accuracy": {json.dumps(accuracy)}')
+    with pytest.raises(SystemExit, match="2"):
+        show(lines)
+    assert "line 2, is no finished run" in capsys.readouterr().err
+
+
+def test_runs_that_kept_other_examples_have_no_interval_over_them(show):
+    lines = [with_bits(seed, "lora", "e0", 0.75) for seed in (0, 1)]
+    lines += [with_bits(seed, "head", "e000", 0.25) for seed in (0, 1)]
+    assert re.search(r"`head` .* n = 2 \| \S+ \| \S+ \|  \|", show(lines, "--details"))
+
+
 def test_a_difference_is_over_the_seeds_that_both_rows_have(show):
     lines = [line(0, 0.70), line(1, 0.71), line(2, 0.75), line(7, 0.10)]
     lines += [line(seed, last, method="head") for seed, last in enumerate([0.71, 0.73, 0.78])]
@@ -262,6 +284,7 @@ def test_plain_lora_is_the_baseline_wherever_it_stands_in_the_file(show):
         '{"flags": [], "result": {}}',
         '{"flags": {"seed": 1, "task": "a", "method": "lora"}, "result": {"loss": 1}}',
         line(1, math.nan).strip(),
+        line(1, 1.5).strip(),
         line(1, "high").strip(),
         '{"flags": {"seed": 1, "task": "a"}, "result": {"failed": "the loss is nan"}}',
     ],
