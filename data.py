@@ -78,6 +78,7 @@ class Task:
     dev: list
     labels: tuple
     metric: Callable
+    dev_name: str = "dev"  # as the log names it
 
 
 @dataclasses.dataclass
@@ -160,7 +161,7 @@ def hold_out(task, share):
     if not train:
         reason = "nothing is left to train on: give dev.tsv, or a smaller --holdout"
         raise InputError(f"{share} of {len(order)} examples held out: {reason}")
-    return Task(train, dev, task.labels, task.metric)
+    return Task(train, dev, task.labels, task.metric, "held out")
 
 
 # ------------------------------------------------------------------------------------- batches

@@ -251,7 +251,7 @@ def train(args):
     if device.type == "cpu":  # the same results, to rounding
         run.log(f"cpu     faster {fast_cpu.accelerate(model, args.precision)}")
     budget = int(args.budget or 0)
-    sizes = f"{len(train_set.labels):,} train, {len(dev_set.labels):,} dev"
+    sizes = f"{len(train_set.labels):,} train, {len(dev_set.labels):,} {task.dev_name}"
     run.log(f"data    {args.task}: {sizes}, classes {', '.join(task.labels)}")
     run.log(f"model   {len(adapters)} modules, {size(adapters):,} parameters, budget {budget:,}")
 

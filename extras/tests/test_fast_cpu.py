@@ -6,6 +6,7 @@ import io
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -374,7 +375,11 @@ def test_the_benchmark_prints_every_way_and_the_share_of_the_search(capsys):
     printed = capsys.readouterr().out
     for start in ("machine", "plain, all on", "all on", "a quarter on", "recorded", "search"):
         assert "\n" + start in "\n" + printed
-    assert printed.count("samples/s") == 4
+    ways = re.findall(r"([\d.]+) ms/step .* samples/s \| ([\d.]+) times plain", printed)
+    assert len(ways) == 4
+    plain = float(ways[0][0])
+    for milliseconds, ratio in ways:
+        assert float(ratio) == pytest.approx(plain / float(milliseconds), rel=0.05)
 
 
 def test_the_benchmark_refuses_what_has_nothing_to_search_or_record(capsys):

@@ -1,14 +1,16 @@
 """Claims about a folder of your own data."""
 
+import io
 import json
 import pathlib
+import sys
 
 import pytest
 
 import data
 import train
 from data import InputError
-from extras import setup
+from extras import predict, setup
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are in train.tsv too")
 TASKS = pathlib.Path(__file__).parents[3] / "shared" / "tasks"
@@ -113,23 +115,28 @@ def test_a_metric_of_two_classes_is_refused_for_three(tmp_path, capsys):
     assert "two classes; there are 3" in capsys.readouterr().err
 
 
-def test_a_run_on_your_own_data_keeps_its_labels(tmp_path):
-    lines = ["text\tlabel"] + [f"a cook helps .\t{name}" for name in ("good", "bad", "so-so")] * 8
-    folder = write(tmp_path, lines, lines)
-    flags = [
-        "--task",
-        folder,
-        "--model",
-        "builtin",
-        "--max-steps",
-        "2",
-        "--out",
-        str(tmp_path / "a"),
-    ]
-    assert train.main(flags) == 0
-    assert train.load_run(tmp_path / "a").labels == ["bad", "good", "so-so"]
-    result = json.loads((tmp_path / "a" / "result.json").read_text())
-    assert result["task"] == tmp_path.name
+def test_a_run_on_your_own_data_says_what_is_held_out_and_answers_with_its_labels(
+    tmp_path, capsys, monkeypatch
+):
+    rows = [f"a {name} cook {i} .\t{name}" for i in range(10) for name in ("good", "bad", "so-so")]
+    folder = write(tmp_path, ["text\tlabel", *rows])
+    run = str(tmp_path / "a")
+    flags = ["--task", folder, "--model", "builtin", "--method", "head", "--max-steps", "4"]
+    with pytest.warns(UserWarning, match="no dev.tsv"):
+        assert train.main([*flags, "--out", run]) == 0
+    out = capsys.readouterr().out
+    assert f"data    {folder}: 27 train, 3 held out, classes bad, good, so-so\n" in out
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["task"] == tmp_path.name
+    model = train.load_run(run)
+    text = "a cook helps 3 ."
+    inputs = data.pad([model.tokenizer.encode(text)], model.tokenizer.pad_id)
+    expected = ("bad", "good", "so-so")[model(*inputs).argmax()]
+    predict.main([run, text])
+    alone = capsys.readouterr().out
+    assert alone.startswith(f"label {expected} | probability 0.")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{text}\n{text}\n".encode())))
+    predict.main([run])
+    assert capsys.readouterr().out == 2 * alone
 
 
 @pytest.mark.skipif(not TASKS.is_dir(), reason="no tasks here")
