@@ -774,6 +774,7 @@ def run(*flags, out=None):
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--device", "abacus"], "--device abacus"),
         (["--device", "hpu"], "--device hpu"),
+        (["--device", "meta"], "--device meta"),
         (["--method", "full", "--precision", "int8"], "no frozen weights"),
         (["--method", "head", "--budget", "much"], "budget 'much'"),
         (["--method", "lora", "--allocator", "breadth"], "lora has no scores"),
@@ -789,10 +790,27 @@ def test_bad_input_is_refused_in_one_line_with_exit_status_2(capsys, flags, mess
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [["--proxy", "magic"], ["--rank", "0"], ["--lr", "-1"]])
-def test_a_wrong_flag_is_refused_by_the_parser(flags):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--proxy", "magic"],
+        ["--rank", "0"],
+        ["--lr", "-1"],
+        ["--probe-batches", "999999999"],
+        ["--batch-size", "9" * 30],
+    ],
+)
+def test_a_wrong_flag_is_refused_by_the_parser(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(flags)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"train.py: error: argument {flags[0]}: ")
+
+
+def test_a_batch_is_at_most_the_whole_training_set():
+    args = train.parse_args(["--train-limit", "9", "--batch-size", "9" * 15, "--method", "head"])
+    train.prepare(args)
+    assert args.batch_size == 9
 
 
 def test_an_update_of_the_training_loop_leaves_ranks_that_are_off():

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import heterolora
 import train
@@ -128,6 +130,37 @@ def test_the_model_stays_as_it_was_when_something_fails(monkeypatch, culprit):
     with unchanged(toy):
         with pytest.raises((ArithmeticError, ValueError, RuntimeError)):
             rank_pattern(toy, BATCHES, **asked)
+
+
+class Made(TorchDispatchMode):
+    """Note the size in bytes of every tensor that an operation makes, and the operations' names."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+        self.sizes = []
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        self.names.append(str(operation))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.own:  # else it is a view of a weight
+                    self.sizes.append(storage.nbytes())
+        return made
+
+
+@pytest.mark.parametrize("proxy", ["grad-norm", "alignment", "host-grad"])
+def test_nothing_as_large_as_a_weight_is_made_and_no_gradient_unless_the_proxy_asks(proxy):
+    layers = [nn.Embedding(99, 64), nn.Linear(64, 64), nn.Linear(64, 99), nn.Flatten(0, 1)]
+    model = nn.Sequential(*layers)
+    with Made(model) as made:
+        rank_pattern(model, BATCHES, loss_fn, 500, ["1"], rank=2, proxy=proxy)
+    smallest_weight = 64 * 64 * 4
+    assert (max(made.sizes) >= smallest_weight) == (proxy == "host-grad")
+    assert any("backward" in name for name in made.names) == (proxy != "alignment")
 
 
 @pytest.mark.filterwarnings("ignore:all scores are 0")

@@ -90,6 +90,13 @@ def test_wrong_data_are_refused_with_file_and_line(tmp_path, train_lines, dev_li
         data.load_task(write(tmp_path, train_lines, dev_lines))
 
 
+def test_bad_data_are_reported_before_a_bad_model(tmp_path, capsys):
+    folder = write(tmp_path, ["text\tlabel", "a"])
+    assert train.main(["--task", folder, "--model", "no/such/folder"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "train.tsv, line 2: 1 columns" in line
+
+
 @pytest.mark.parametrize("metric", ["f1", "matthews"])
 def test_a_metric_of_two_classes_comes_beside_accuracy_where_it_is_asked_for(tmp_path, metric):
     args = train.parse_args(["--task", write(tmp_path, PAIRS, PAIRS), "--metric", metric])
