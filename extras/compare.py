@@ -151,6 +151,7 @@ def check_result(result):
     in_words(result)
     if "failed" not in result:
         more_cells([result, result])
+        jaccard(result["ranks"], result["ranks"])
 
 
 def as_key(flags):

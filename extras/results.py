@@ -64,7 +64,7 @@ def records(path):
             for number, line in enumerate(file, 1):
                 try:
                     yield number, json.loads(line)
-                except (json.JSONDecodeError, RecursionError):
+                except (ValueError, RecursionError):  # a ValueError: also a number of 5,000 digits
                     warnings.warn(f"{path}, line {number}, is not whole: left out", stacklevel=2)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is damaged: {error}") from None
@@ -94,11 +94,14 @@ def as_run(record):
             flags[flag] = as_text(value)
     seed = flags.pop("seed")
     for needed in ("method", "task"):
-        if needed not in flags:
+        if not flags.get(needed, "").strip():
             raise KeyError(needed)
     flags.setdefault("holdout", "0")
     if "processor" in record:
         flags["processor"] = str(record["processor"])
+    for flag, text in flags.items():
+        if not (flag + text).isprintable():  # a label is one line
+            raise ValueError(f"a line end in {flag}={text:.40}")
     return run_of(flags, seed, record["result"])
 
 

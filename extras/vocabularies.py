@@ -114,4 +114,4 @@ def named_tokens(given):
     for name, value in given.items():
         if name.endswith("_token") and isinstance(value, str | dict):  # add_bos_token is a bool
             entries.append(value)
-    return [entry["content"] if isinstance(entry, dict) else str(entry) for entry in entries]
+    return [str(entry["content"] if isinstance(entry, dict) else entry) for entry in entries]

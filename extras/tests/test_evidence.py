@@ -286,6 +286,8 @@ def test_plain_lora_is_the_baseline_wherever_it_stands_in_the_file(show):
         line(1, math.nan).strip(),
         line(1, 1.5).strip(),
         line(1, "high").strip(),
+        line(1, 0.7, lr="a\nb").strip(),
+        line(1, 0.7, method=" ").strip(),
         '{"flags": {"seed": 1, "task": "a"}, "result": {"failed": "the loss is nan"}}',
     ],
 )
@@ -295,9 +297,10 @@ def test_a_line_that_is_no_run_is_named(show, capsys, second):
     assert "runs.jsonl, line 2, is no finished run" in capsys.readouterr().err
 
 
-def test_a_line_that_was_written_in_part_is_left_out_with_a_warning(show):
+@pytest.mark.parametrize("second", [line(1, 0.9)[:40], "7" * 5000, "[" * 99_999], ids=range(3))
+def test_a_line_that_was_written_in_part_is_left_out_with_a_warning(show, second):
     with pytest.warns(UserWarning, match="line 2, is not whole"):
-        table = show([line(0, 0.7), line(1, 0.9)[:40] + "\n", line(2, 0.8)])
+        table = show([line(0, 0.7), second + "\n", line(2, 0.8)])
     assert "| `lora` | 2 | 75.00 " in table
 
 

@@ -323,6 +323,10 @@ ROBERTA_VOCAB = numbered(ROBERTA_SPECIALS)
             "tokens beside the usual ones are not supported: <s>",
         ),
         (
+            {"vocab.txt": BERT_VOCAB, "tokenizer.json": {"added_tokens": [{"content": 0.5}]}},
+            "tokens beside the usual ones are not supported: 0.5",
+        ),
+        (
             {"vocab.txt": BERT_VOCAB, "tokenizer_config.json": {"extra_special_tokens": ["[E]"]}},
             "tokens beside the usual ones are not supported: [E]",
         ),
