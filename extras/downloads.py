@@ -26,7 +26,7 @@ MRPC_DEV_SHA256 = "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81
 
 
 def check_vocabulary(path, specials):
-    """Raise InputError for a vocabulary that lacks tokens of the config.json beside it.
+    """Raise InputError for a vocabulary that does not fit the config.json beside it.
 
     Some models have room for more tokens than there are, but not for many more.
     """
@@ -44,8 +44,16 @@ def check_merges(path):
 
 
 def check_weights(path):
-    """Raise InputError unless a file holds the weights of the config.json beside it."""
-    load_encoder(os.path.dirname(path), weights=path)
+    """Raise InputError unless a file holds the weights of the config.json beside it.
+
+    Either may be of another model then, so the config goes too.
+    """
+    folder = os.path.dirname(path)
+    try:
+        load_encoder(folder, weights=path)
+    except InputError:
+        os.remove(os.path.join(folder, "config.json"))
+        raise
 
 
 HUB_FILES = {  # file of a model on the hub -> a function that raises InputError for anything else
@@ -85,7 +93,7 @@ def hub_folder(name):
         get("tokenizer_config.json")
         if not get("vocab.txt") and not (get("vocab.json") and get("merges.txt")):
             raise InputError(f"{name}: neither vocab.txt nor vocab.json with merges.txt on the hub")
-        load_tokenizer(folder)  # refuses other kinds
+        load_tokenizer(folder)  # refuses other kinds before the weights come
         if not get("model.safetensors") and not get("pytorch_model.bin"):
             raise InputError(
                 f"{name}: no weights in one file on the hub: sharded ones are not read"

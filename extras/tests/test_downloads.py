@@ -394,6 +394,16 @@ def test_files_that_do_not_fit_together_are_not_admitted(server, name, content, 
         assert "\n" not in str(error.value)
 
 
+def test_a_config_of_another_model_does_not_stay(server):
+    other = json.dumps(vars(CONFIGS["bert"]) | {"hidden_size": 16}).encode()
+    on_the_hub(server, config__json=other, vocab__txt=VOCAB_TXT, model__safetensors=WEIGHTS)
+    with pytest.raises(InputError, match="config.json asks for"):
+        downloads.hub_folder("some/model")
+    on_the_hub(server, config__json=BERT)
+    folder = downloads.hub_folder("some/model")
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "vocab.txt"]
+
+
 def test_a_name_that_is_misspelt_leaves_no_folder(server, tmp_path):
     with pytest.raises(InputError, match="the hub has no config.json"):
         downloads.hub_folder("some/model")
