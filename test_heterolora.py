@@ -766,7 +766,6 @@ def run(*flags, out=None):
     [
         (["--budget", "0,25"], "budget '0,25'"),
         (["--budget", ""], "an argument is empty"),
-        (["--out="], "an argument is empty"),
         (["--targets", "w"], "no 'w'"),
         (["--rank", "999"], "rank 999"),
         (["--targets", "none", "--shortcuts", "none"], "search space is empty"),
