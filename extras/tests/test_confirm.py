@@ -209,11 +209,11 @@ def test_tasks_of_your_own_are_shown_and_judge_nothing(tuning, judge):
 
 def test_the_picture_shows_the_differences_to_the_row_that_is_named(tuning, judge, tmp_path):
     picture = tmp_path / "forest.svg"
-    runs = tuning + on_dev({("TREC", "random linears"): 0.5})
+    runs = tuning + on_dev({("TREC", "random linears"): 0.15})
     judge(runs, "--svg", str(picture))
-    assert "LoRA on q and v" in picture.read_text() and ">-20<" not in picture.read_text()
+    assert "LoRA on q and v" in picture.read_text() and ">-10<" not in picture.read_text()
     judge(runs, "--svg", str(picture), "--minus", "random linears")
-    assert "random linears" in picture.read_text() and ">-20<" in picture.read_text()
+    assert "random linears" in picture.read_text() and ">-10<" in picture.read_text()
 
 
 def test_the_results_hold_what_their_command_prints_and_draws(capsys, tmp_path):
