@@ -765,7 +765,7 @@ def run(*flags, out=None):
     "flags, message",
     [
         (["--budget", "0,25"], "budget '0,25'"),
-        (["--budget", ""], "an argument is empty"),
+        (["--budget", ""], "is empty: is a shell variable not set"),
         (["--targets", "w"], "no 'w'"),
         (["--rank", "999"], "rank 999"),
         (["--targets", "none", "--shortcuts", "none"], "search space is empty"),

@@ -15,6 +15,7 @@ import copy
 import datetime
 import itertools
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -147,11 +148,12 @@ def read_record(path, key):
 
 def check_result(result):
     """Raise one of WRONG_FORM for a result that `table` cannot show."""
-    run_of({}, "", result)
+    table({"": argparse.Namespace(lr=0.0)}, {"": {0: result, 1: result}})
     in_words(result)
     if "failed" not in result:
-        more_cells([result, result])
-        jaccard(result["ranks"], result["ranks"])
+        jaccard(result["ranks"], result["ranks"])  # the table leaves it out if nothing is on
+        if not math.isfinite(result["best"]):
+            raise ValueError("the best metric is not finite")
 
 
 def as_key(flags):
@@ -244,13 +246,6 @@ def overlap(ended):
     return f"{statistics.mean(jaccard(ranks, others) for ranks, others in pairs):.2f}"
 
 
-def more_cells(ended):
-    """Return three cells of the results of runs: best, overlap of seeds, seconds."""
-    best = mean_and_sd([100 * result["best"] for result in ended])
-    seconds = [result["train_seconds"] + result["search_seconds"] for result in ended]
-    return [best, overlap(ended), f"{statistics.mean(seconds):.0f}"]
-
-
 def table(contenders, results):
     """Return a Markdown table of {contender: {seed: result}}, as extras.evidence has it, and more.
 
@@ -267,7 +262,12 @@ def table(contenders, results):
         difference = gain_cell(gain) if gain and spec != first else ""
         cells = [f"`{spec}`", f"{contenders[spec].lr:g}", *level_cells(row), difference]
         ended = [result for result in results[spec].values() if "failed" not in result]
-        cells += more_cells(ended) if ended else [""] * 3
+        if ended:
+            seconds = [result["train_seconds"] + result["search_seconds"] for result in ended]
+            cells.append(mean_and_sd([100 * result["best"] for result in ended]))
+            cells.append(overlap(ended))
+            cells.append(f"{statistics.mean(seconds):.0f}")
+        cells += [""] * (10 - len(cells))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

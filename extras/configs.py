@@ -63,4 +63,4 @@ def check_config(path, config):
         raise InputError(f"{path}: hidden_size {D} is not a multiple of num_attention_heads {H}")
     P, pad = config.max_position_embeddings, config.pad_token_id
     if config.model_type == "roberta" and P <= pad + 1:  # where its positions begin
-        raise InputError(f"{path}: max_position_embeddings {P}: pad_token_id {pad} leaves no room")
+        raise InputError(f"{path}: pad_token_id {pad} leaves none of the {P} positions")

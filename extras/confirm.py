@@ -9,9 +9,11 @@
 Each row of a task has the learning rate that was best on held-out training examples, at 3,072
 parameters. Two more tables compare LoRA on v with the baselines. The protocol did not plan them.
 
-What differs from the first command is shown, and judges nothing. With another --budget, the tasks
-are those that were run with it; with all, p is corrected for all tasks and budgets together. With
---lr, all rows have that rate, and the paper's searches are there too if they were run.
+Only the first command, with or without a picture, gives the answer. The others show tables, and
+judge nothing. With another --budget, the tasks are those that were run with it; with all, p is
+corrected for all tasks and budgets together. With --lr, all rows have that rate, and the paper's
+searches are there too if they were run. The runs of your own tasks need the rows, rates and seeds
+of the protocol.
 """
 
 import argparse
@@ -129,12 +131,14 @@ def rows_of_tasks(runs, names, tasks=TASKS, lr=None, budget=BUDGET):
     return rows
 
 
-def rows_of_budgets(runs, names, tasks, lr):
+def rows_of_budgets(runs, names, tasks):
     """Return {"task, budget": {name: row}} of all budgets that were run. Raises InputError."""
-    budgets = {run.flags["budget"] for name in names for run in runs_of(runs, name)}
+    budgets = set()
+    for name in names:
+        budgets |= {run.flags["budget"] for task in tasks for run in runs_of(runs, name, task=task)}
     rows = {}
     for budget in sorted(budgets, key=int):
-        for task, row in rows_of_tasks(runs, names, tasks, lr, budget).items():
+        for task, row in rows_of_tasks(runs, names, tasks, budget=budget).items():
             rows[f"{task}, {int(budget):,}"] = row
     return rows
 
@@ -218,16 +222,21 @@ def main(argv=None):
     add("--lr", type=float, help="take the runs at this rate")
     add("--svg", metavar="PICTURE", help="draw the differences of the rules to a row")
     others = list(BASELINES | ON_V)
-    add("--minus", choices=others, default=others[0], help="that row (LoRA on q and v)")
+    add("--minus", choices=others, default=others[0], help="row for --svg (LoRA on q and v)")
     args = parser.parse_args(argv)
+    if args.lr and args.budget == "all":
+        raise InputError("--budget all has each row at its chosen learning rate: leave --lr out")
     runs = read_runs(args.file)
+    for task in args.tasks:
+        if not any(run.flags["task"] == task for run in runs):
+            raise InputError(f"--tasks {task}: {args.file} has no run of it")
     shown = []
     lr = None if args.lr is None else f"{args.lr:g}"
     if lr:
         shown = [name for name in PAPER if runs_of(runs, name, budget=args.budget, lr=lr)]
     names = [*FIRST_PART, *shown]
     if args.budget == "all":
-        rows = rows_of_budgets(runs, names, args.tasks, lr)
+        rows = rows_of_budgets(runs, names, args.tasks)
     else:
         rows = rows_of_tasks(runs, names, args.tasks, lr, args.budget)
     families = {other: family_of(rows, [*RULES, *shown], other) for other in others}

@@ -3,6 +3,7 @@
 $HF_ENDPOINT and $GLUE_ENDPOINT name other servers. What cannot be read does not enter the cache.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -32,9 +33,10 @@ def check_vocabulary(path, specials):
     """
     config = read_encoder_config(os.path.join(os.path.dirname(path), "config.json"))
     vocab = read_vocabulary(path, specials)
-    if len(vocab) < 0.9 * config.vocab_size or max(vocab.values()) >= config.vocab_size:
-        reason = f"and the model has {config.vocab_size}: cut off, or of another model?"
-        raise InputError(f"{path}: {len(vocab)} tokens, {reason}")
+    highest = max(vocab.values())
+    if len(vocab) < 0.9 * config.vocab_size or highest >= config.vocab_size:
+        reason = f"and the model has {config.vocab_size} tokens: cut off, or of another model?"
+        raise InputError(f"{path}: {len(vocab)} tokens with ids up to {highest}, {reason}")
 
 
 def check_merges(path):
@@ -44,16 +46,8 @@ def check_merges(path):
 
 
 def check_weights(path):
-    """Raise InputError unless a file holds the weights of the config.json beside it.
-
-    Either may be of another model then, so the config goes too.
-    """
-    folder = os.path.dirname(path)
-    try:
-        load_encoder(folder, weights=path)
-    except InputError:
-        os.remove(os.path.join(folder, "config.json"))
-        raise
+    """Raise InputError unless a file holds the weights of the config.json beside it."""
+    load_encoder(os.path.dirname(path), weights=path)
 
 
 HUB_FILES = {  # file of a model on the hub -> a function that raises InputError for anything else
@@ -87,7 +81,7 @@ def hub_folder(name):
             return False
         return True
 
-    with lock(cache_path("lock"), wait=True):
+    def get_all():
         if not get("config.json"):
             raise InputError(f"{name} is no folder here, and the hub has no config.json for it")
         get("tokenizer_config.json")
@@ -98,6 +92,15 @@ def hub_folder(name):
             raise InputError(
                 f"{name}: no weights in one file on the hub: sharded ones are not read"
             )
+
+    with lock(cache_path("lock"), wait=True):
+        try:
+            get_all()
+        except InputError:  # any file may be the wrong one, so none stays
+            for file in HUB_FILES:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, file))
+            raise
     return folder
 
 

@@ -35,8 +35,8 @@ def has_slow_linears():
     """Tell whether oneDNN, with a weight arranged for it, beats nn.Linear in float32 here.
 
     nn.Linear calls MKL, which asks for the maker's name: on AMD it uses AVX2 and no AVX-512. So the
-    name decides here too. oneDNN was faster on AMD, with AVX-512 and kept to AVX2, and slower on
-    Intel, with both: docs/NOTES.md. A stopwatch would not do: the choice, and with it the rounding,
+    name decides here too. Measured with AVX-512 and kept to AVX2, oneDNN was faster on AMD and
+    slower on Intel: docs/NOTES.md. A stopwatch would not do: the choice, and with it the rounding,
     could differ when a run is resumed.
     """
     return "AMD" in processor_name() and has_onednn()

@@ -5,7 +5,6 @@ import functools
 import math
 import os
 import re
-import shlex
 import sys
 import warnings
 
@@ -32,9 +31,9 @@ def arguments(argv=None):
     That comes from a shell variable that is not set, and is never meant.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    for argument in argv:
+    for place, argument in enumerate(argv, 1):
         if not argument or re.fullmatch(r"--[\w-]+=", argument):
-            raise InputError(f"an argument is empty, as an unset variable is: {shlex.join(argv)}")
+            raise InputError(f"argument {place} is empty: is a shell variable not set?")
     return argv
 
 

@@ -4,8 +4,9 @@
 
 One rule is given a true gain over both baselines on all tasks, the other rule none. Many
 experiments with the eight seeds of the protocol are then made up, and judged as extras.confirm
-judges. Their differences are normal. They vary, and go together, as the real ones do, over tasks
-and baselines too.
+judges. Their differences are normal, with the variances and correlations of the real ones, over
+tasks and baselines too. With eight seeds, a standard deviation is known to about a quarter. To
+answer yes means to beat both baselines; LoRA on v is left out.
 """
 
 import argparse
@@ -50,11 +51,11 @@ def tasks_won(experiments, families, rule, gain):
 
     experiments: what made_up returns, for the comparisons of both families side by side.
     """
-    won = True
+    won = []  # over each baseline
     for family, part in zip(families, np.split(experiments, len(families), axis=2), strict=True):
         is_rule = np.array([name == rule for name, _ in family])
-        won = won & is_better(part + gain * is_rule)[:, is_rule]
-    return won
+        won.append(is_better(part + gain * is_rule)[:, is_rule])
+    return np.all(won, axis=0)
 
 
 @command

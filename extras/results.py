@@ -95,13 +95,13 @@ def as_run(record):
     seed = flags.pop("seed")
     for needed in ("method", "task"):
         if not flags.get(needed, "").strip():
-            raise KeyError(needed)
+            raise ValueError(f"no {needed}")
     flags.setdefault("holdout", "0")
     if "processor" in record:
         flags["processor"] = str(record["processor"])
     for flag, text in flags.items():
-        if not (flag + text).isprintable():  # a label is one line
-            raise ValueError(f"a line end in {flag}={text:.40}")
+        if len((flag + text).splitlines()) > 1:  # a label is one line
+            raise ValueError(f"a line end in {flag}={text!r:.40}")
     return run_of(flags, seed, record["result"])
 
 
@@ -135,7 +135,7 @@ def unpack_right(dev):
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(dev["right"]), np.uint8))
     n = round(bits.sum() / dev["accuracy"])  # the last byte is filled up with zeros
     if not len(bits) - 8 < n <= len(bits):
-        raise ValueError(f"bits of {n} examples in {len(bits) // 8} bytes")
+        raise ValueError(f"right has {len(bits)} bits, and its accuracy asks for {n} examples")
     return bits[:n]
 
 

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import warnings
 
 import torch
 
@@ -30,7 +31,6 @@ from extras.state import (
     content_checksum,
     fitting,
     read_config,
-    read_learned,
     run_checksum,
 )
 
@@ -52,10 +52,13 @@ def resumed_args(parser, args, argv):
         extra = ", ".join(f"--{name.replace('_', '-')}" for name in extra)
         parser.error(f"--resume takes its flags from the run, and no {extra}")
     flags = read_config(args.resume)["flags"]
-    unknown = flags.keys() - (vars(args).keys() - {*NOT_SAVED})
+    known = vars(args).keys() - set(NOT_SAVED)
+    unknown = flags.keys() - known
     if unknown:
         unknown = ", ".join(sorted(unknown))
-        raise InputError(f"{args.resume}: its config.json has flags that no run saves: {unknown}")
+        raise InputError(
+            f"{args.resume}: flags in its config.json that are unknown here: {unknown}"
+        )
 
     def refuse(message):
         raise InputError(f"{args.resume}: its config.json: {message}")
@@ -94,7 +97,8 @@ class Run:
 
     def result(self):
         """Return the result of a finished run. Raises InputError."""
-        read_learned(self.folder)  # predict needs it: both say what is wrong with it
+        if not os.path.isfile(self.path("adapters.pt")):
+            warnings.warn(f"{self.folder}: adapters.pt is gone, so it cannot predict", stacklevel=2)
         print(f"{self.folder} is finished: {self.path('result.json')}")
         return read_json(self.path("result.json"))
 
@@ -114,7 +118,7 @@ class Run:
             before = read_config(self.folder)
             check_checkpoint(before, model, args.model, self.folder)
             self.config["command"] = before["command"]
-        self.take_folder()  # last: it removes the logs of a run without a state
+        self.take_folder()  # after the checks: it removes the logs of a run without a state
         self.config["checksum"] = self.checksum = run_checksum(flags, model.checkpoint)
         if not self.has_state():  # else `load` writes config.json, once the state is checked
             self.write_config()
@@ -228,13 +232,13 @@ class Run:
         path = self.path("state.pt")
         saved = read_pickle(path, ("run", "data", "sizes", "progress", "trained"))
         with fitting(path):
-            checksum = saved.pop("checksum", None)  # the state of an older run has none
+            checksum = saved.pop("checksum", None)  # an older run's state has none, and is trusted
             if checksum not in (None, content_checksum(saved)):
                 raise ValueError("it was changed by hand, or is damaged")
             if saved["run"] != self.checksum:
                 raise ValueError("it is of a run with other flags or another checkpoint")
             if saved["data"] != self.data_checksum:
-                raise ValueError("the data are not those that the run began with")
+                raise ValueError("the data have changed since it was saved")
             sizes = {name: int(saved["sizes"][name]) for name in LOGS}
             state.restore(saved)
         self.logged = len(state.search.history) if state.search else 0

@@ -43,12 +43,16 @@ def run_checksum(flags, checkpoint):
 
 
 def content_checksum(value, total=0):
-    """Return the checksum of nested plain values and tensors, after what came before: total."""
+    """Return the CRC of nested lists, dictionaries, plain values and tensors.
+
+    total: the CRC of what came before.
+    """
     total = zlib.crc32(type(value).__name__.encode(), total)
     if isinstance(value, torch.Tensor):
         total = zlib.crc32(repr((value.dtype, value.shape)).encode(), total)
         flat = value.detach().cpu().contiguous().flatten()
-        return zlib.crc32(flat.view(torch.uint8).numpy().data, total)  # NumPy has no bfloat16
+        as_bytes = flat.view(torch.uint8)  # NumPy has no bfloat16
+        return zlib.crc32(as_bytes.numpy().data, total)
     if isinstance(value, dict):
         value = list(value.items())
     if not isinstance(value, (list, tuple)):
@@ -226,7 +230,7 @@ def read_learned(folder):
     if not os.path.isfile(path):
         if os.path.isfile(os.path.join(folder, "result.json")):
             raise InputError(f"{folder} is finished, but its adapters.pt is gone: train a new run")
-        raise InputError(f"{folder} is not finished: go on with it, train.py --resume {folder}")
+        raise InputError(f"{folder} is not finished: go on with python train.py --resume {folder}")
     learned = read_pickle(path, ("run", "ranks", "adapters", "head", "labels", "texts"))
     labels = learned["labels"]
     if type(labels) is not list or not labels or not all(type(label) is str for label in labels):

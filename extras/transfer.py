@@ -19,7 +19,8 @@ from extras.files import write
 HUB = ("HF_ENDPOINT", "https://huggingface.co")  # a variable that names another server
 PAUSES = (0, 1, 2, 4)  # seconds before each attempt
 TIMEOUT = 30  # seconds without a byte
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+DISK_ERRORS += (errno.EEXIST, errno.ENAMETOOLONG)
 
 
 class NotThere(InputError):
@@ -107,7 +108,7 @@ def attempt(url, part):
         problem = f"{error.code} {error.reason}"
         if error.code == 404:
             raise NotThere(f"{url}: {problem}") from None
-        if error.code == 416 and os.path.isfile(part):  # longer than the file on the server
+        if error.code == 416 and os.path.isfile(part):  # longer than it is on the server
             write(part, "")
         elif error.code < 500 and error.code not in (408, 429):
             raise InputError(f"{url}: {problem}: misspelt, or private (set HF_TOKEN)?") from None
@@ -134,7 +135,7 @@ def download(url, part):
         headers = response.headers
         if headers.get_content_type() == "text/html":
             raise InputError(f"{url}: a web page came instead: does the network want a login?")
-        os.makedirs(os.path.dirname(part), exist_ok=True)  # not before something came
+        os.makedirs(os.path.dirname(part), exist_ok=True)  # a misspelt name leaves no folder
         total = response.length
         if response.status == 206:
             rest = re.fullmatch(rf"bytes {have}-\d+/(\d{{1,18}})", headers.get("Content-Range", ""))

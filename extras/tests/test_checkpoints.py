@@ -427,7 +427,10 @@ def test_a_weight_that_is_one_number_seen_many_times_loads_as_a_whole_tensor(tmp
         ({"position_embedding_type": "relative_key"}, "only 'absolute' is supported"),
         ({"is_decoder": True}, "is_decoder is true"),
         ({"add_cross_attention": True}, "add_cross_attention is true"),
-        ({"model_type": "roberta", "pad_token_id": 19}, "pad_token_id 19 leaves no room"),
+        (
+            {"model_type": "roberta", "pad_token_id": 19},
+            "pad_token_id 19 leaves none of the 20 positions",
+        ),
     ],
 )
 def test_an_architecture_that_is_not_computed_is_refused(tmp_path, changes, message):

@@ -207,6 +207,28 @@ def test_tasks_of_your_own_are_shown_and_judge_nothing(tuning, judge):
     assert "SICK" not in text and "beats both" not in text
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--tasks", "TREC", "TERC"], "--tasks TERC: .* has no run of it"),
+        (["--budget", "all", "--lr", "0.003"], "leave --lr out"),
+    ],
+)
+def test_tasks_that_were_not_run_and_flags_that_exclude_each_other_are_refused(
+    tuning, judge, capsys, flags, message
+):
+    with pytest.raises(SystemExit, match="2"):
+        judge(tuning + on_dev({}), *flags)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_all_budgets_of_some_tasks_are_those_that_were_run_on_them(tuning, judge):
+    others = [run | {"flags": run["flags"] | {"budget": "6144"}} for run in on_dev({})]
+    others = [run for run in others if run["flags"]["task"] == "TREC"]
+    text = judge(tuning + on_dev({}) + others, "--tasks", "SICK", "--budget", "all")
+    assert "SICK, 3,072" in text and "6,144" not in text
+
+
 def test_the_picture_shows_the_differences_to_the_row_that_is_named(tuning, judge, tmp_path):
     picture = tmp_path / "forest.svg"
     runs = tuning + on_dev({("TREC", "random linears"): 0.15})

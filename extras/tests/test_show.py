@@ -188,7 +188,7 @@ def damage(records, draw):
     return text
 
 
-def test_a_damaged_history_is_refused_in_one_line_or_shown_as_it_is(run, capsys):
+def test_a_damaged_history_is_refused_in_one_line_or_shown(run, capsys):
     path = run / "history.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     draw = random.Random(0)

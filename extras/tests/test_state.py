@@ -236,7 +236,7 @@ def load(folder, saved):
 
 
 @pytest.mark.parametrize("change", STATE_CHANGES)
-def test_a_state_with_a_value_that_no_run_saves_is_refused(run, change):
+def test_a_state_that_was_changed_is_refused_by_its_checksum(run, change):
     path = run / "a" / "state.pt"
     saved = torch.load(path)
     assert load(run / "a", saved) == saved["checksum"]
@@ -348,7 +348,7 @@ def test_a_foreign_config_touches_no_other_folder(run, capsys):
 
     edit_config(run / "a", name_the_other)
     assert train.main(["--resume", str(run / "a")]) == 2
-    assert "flags that no run saves: ou, out" in capsys.readouterr().err
+    assert "flags in its config.json that are unknown here: ou, out" in capsys.readouterr().err
     assert contents(run / "b") == before
 
 
