@@ -22,7 +22,7 @@ from data import InputError
 from extras import forest
 from extras.evidence import details, gain_cell, mean_and_sd, p_by_holm
 from extras.files import write
-from extras.flags import command
+from extras.flags import command, number
 from extras.results import best_lr, gain_over, read_runs
 
 TASKS = ("TREC", "SUBJ", "SICK", "mrpc", "sst2")
@@ -32,7 +32,7 @@ RATES = ("0.001", "0.003", "0.01")
 BUDGET = "3072"
 NEEDED = 3  # tasks on which a rule must beat both baselines
 
-# What is the same in all runs of a task.
+# What must be the same in all runs of a task.
 SAME = ("processor", "checkpoint", "data_checksum", "epochs", "train_limit", "batch_size")
 
 # The flags that tell a row's runs from the others of the protocol.
@@ -63,12 +63,15 @@ def runs_of(runs, name, **flags):
 
 
 def by_seed(runs, seeds, what):
-    """Return {seed: run}. Raises InputError if there is not one run for each of the seeds."""
+    """Return {seed: run}, in the order of seeds. what: how a message names the runs.
+
+    Raises InputError if there is not one run for each of the seeds.
+    """
     found = sorted(run.seed for run in runs)
     if found != seeds:
         wanted = f"want one run for each seed from {seeds[0]} to {seeds[-1]}"
         raise InputError(f"{what}: {wanted}, and there are {', '.join(found) or 'none'}")
-    return {run.seed: run for run in runs}
+    return {run.seed: run for run in sorted(runs, key=lambda run: run.seed)}
 
 
 def chosen_lr(runs, name, task):
@@ -155,12 +158,12 @@ def table_of_means(rows):
     return "\n".join(lines)
 
 
-def family_of(rows, rules, other):
-    """Return {(rule, task): Gain over another row}: what is corrected together."""
+def family_of(rows, names, other):
+    """Return {(name, task): Gain of a row over another one}: what is corrected together."""
     family = {}
-    for rule in rules:
+    for name in names:
         for task in rows:
-            family[rule, task] = gain_over(rows[task][rule], rows[task][other])
+            family[name, task] = gain_over(rows[task][name], rows[task][other])
     return family
 
 
@@ -219,11 +222,12 @@ def main(argv=None):
     add("file", help="FILE.jsonl or FILE.jsonl.gz")
     add("--tasks", nargs="+", default=list(TASKS), help="the five of the protocol, or others")
     add("--budget", default=BUDGET, help="parameters (3072), or all: every budget that was run")
-    add("--lr", type=float, help="take the runs at this rate")
+    add("--lr", type=number(float, 0), help="take the runs at this rate")
     add("--svg", metavar="PICTURE", help="draw the differences of the rules to a row")
     others = list(BASELINES | ON_V)
     add("--minus", choices=others, default=others[0], help="row for --svg (LoRA on q and v)")
     args = parser.parse_args(argv)
+    args.budget = args.budget.replace(",", "")
     if args.lr and args.budget == "all":
         raise InputError("--budget all has each row at its chosen learning rate: leave --lr out")
     runs = read_runs(args.file)
@@ -233,7 +237,8 @@ def main(argv=None):
     shown = []
     lr = None if args.lr is None else f"{args.lr:g}"
     if lr:
-        shown = [name for name in PAPER if runs_of(runs, name, budget=args.budget, lr=lr)]
+        at = {"budget": args.budget, "lr": lr, "task": args.tasks[0]}
+        shown = [name for name in PAPER if runs_of(runs, name, **at)]
     names = [*FIRST_PART, *shown]
     if args.budget == "all":
         rows = rows_of_budgets(runs, names, args.tasks)

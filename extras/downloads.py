@@ -15,7 +15,7 @@ from extras.configs import read_encoder_config
 from extras.files import cache_path, lock, write
 from extras.tables import read_glue
 from extras.tokenizers import BPE, WordPiece, load_tokenizer
-from extras.transfer import HUB, NotThere, address_of, fetch, keep, unfinished
+from extras.transfer import HUB, NotThere, Refused, address_of, fetch, keep, unfinished
 from extras.vocabularies import read_merges, read_options, read_vocabulary
 
 GLUE_SERVER = ("GLUE_ENDPOINT", "https://dl.fbaipublicfiles.com")
@@ -87,7 +87,10 @@ def hub_folder(name):
         get("tokenizer_config.json")
         if not get("vocab.txt") and not (get("vocab.json") and get("merges.txt")):
             raise InputError(f"{name}: neither vocab.txt nor vocab.json with merges.txt on the hub")
-        load_tokenizer(folder)  # refuses other kinds before the weights come
+        try:
+            load_tokenizer(folder)  # before the weights come
+        except InputError as error:
+            raise Refused(str(error)) from None
         if not get("model.safetensors") and not get("pytorch_model.bin"):
             raise InputError(
                 f"{name}: no weights in one file on the hub: sharded ones are not read"
@@ -96,7 +99,7 @@ def hub_folder(name):
     with lock(cache_path("lock"), wait=True):
         try:
             get_all()
-        except InputError:  # any file may be the wrong one, so none stays
+        except Refused:  # any file may be the wrong one, so none stays
             for file in HUB_FILES:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(folder, file))

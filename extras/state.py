@@ -51,8 +51,7 @@ def content_checksum(value, total=0):
     if isinstance(value, torch.Tensor):
         total = zlib.crc32(repr((value.dtype, value.shape)).encode(), total)
         flat = value.detach().cpu().contiguous().flatten()
-        as_bytes = flat.view(torch.uint8)  # NumPy has no bfloat16
-        return zlib.crc32(as_bytes.numpy().data, total)
+        return zlib.crc32(flat.view(torch.uint8).numpy().data, total)  # NumPy has no bfloat16
     if isinstance(value, dict):
         value = list(value.items())
     if not isinstance(value, (list, tuple)):
@@ -71,7 +70,7 @@ def read_config(folder):
     config = read_json(path)
     for key, kind in (("command", str), ("flags", dict), ("checkpoint", int), ("checksum", int)):
         if type(config.get(key)) is not kind:
-            raise InputError(f"{path}: no {key} of a run in it")
+            raise InputError(f"{path}: {key} is missing, or is no {kind.__name__}")
     flags = config["flags"]
     if not all(type(text) is str for text in flags.values()):
         raise InputError(f"{path}: its flags must all be texts")
@@ -243,7 +242,9 @@ def read_learned(folder):
 def put(tensors, parameters):
     """Copy {name: tensor} into the parameters of the same names. Raises ValueError."""
     if tensors.keys() != parameters.keys():
-        raise ValueError(f"it holds {len(tensors)} tensors, and not the {len(parameters)} wanted")
+        raise ValueError(
+            f"it holds {len(tensors)} tensors; want the {len(parameters)} of the model"
+        )
     for name, parameter in parameters.items():
         tensor = tensors[name]
         if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:

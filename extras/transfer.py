@@ -27,6 +27,10 @@ class NotThere(InputError):
     """The server has no such file (status 404)."""
 
 
+class Refused(InputError):
+    """What the server sent is not what was asked for."""
+
+
 def address_of(variable, default):
     """Return a server's address: the environment variable, or the default. Raises InputError."""
     address = os.environ.get(variable) or default
@@ -97,7 +101,7 @@ def fetch(url, path, check):
     try:
         keep(path, check)
     except InputError as error:
-        raise InputError(f"{url}: refused: {error}") from None
+        raise Refused(f"{url}: refused: {error}") from None
 
 
 def attempt(url, part):

@@ -146,6 +146,11 @@ def test_each_row_takes_the_rate_that_was_best_on_held_out_examples():
         chosen(everything)
 
 
+def test_a_row_is_in_the_order_of_seeds_whatever_the_order_of_the_file():
+    runs = [results.as_run(record("TREC", "LoRA on v", seed, 0.8)) for seed in range(207, 199, -1)]
+    assert list(confirm.by_seed(runs, confirm.SEEDS, "")) == confirm.SEEDS
+
+
 def test_compare_chooses_the_same_rate_of_two_that_tie(monkeypatch):
     accuracies = {0.003: [901, 902, 905], 0.01: [900, 904, 904]}
 
@@ -306,4 +311,4 @@ def test_what_is_missing_mixed_or_failed_is_refused_in_one_line(
 def test_a_budget_that_was_not_run_is_refused_in_one_line(tuning, judge, capsys):
     with pytest.raises(SystemExit):
         judge(tuning + on_dev({}), "--budget", "6,144")
-    assert "no run of the protocol has --budget 6,144" in capsys.readouterr().err.splitlines()[-1]
+    assert "no run of the protocol has --budget 6144" in capsys.readouterr().err.splitlines()[-1]

@@ -19,8 +19,8 @@ def differences():
     return np.stack([first + 5, 2 * first + generator.standard_normal(8)], axis=1)
 
 
-def test_made_up_experiments_vary_and_go_together_as_the_real_ones(differences):
-    experiments = power.made_up(differences, np.random.default_rng(1))
+def test_simulated_experiments_vary_and_go_together_as_the_real_ones(differences):
+    experiments = power.simulate(differences, np.random.default_rng(1))
     assert experiments.shape == (power.EXPERIMENTS, 8, 2)
     seeds = experiments.reshape(-1, 2)
     np.testing.assert_allclose(seeds.mean(0), 0, atol=0.06)
@@ -29,7 +29,7 @@ def test_made_up_experiments_vary_and_go_together_as_the_real_ones(differences):
 
 def test_a_gain_that_is_called_detectable_is_found_in_four_cases_of_five(differences):
     alone = differences[:, :1]
-    experiments = power.made_up(alone, np.random.default_rng(1))
+    experiments = power.simulate(alone, np.random.default_rng(1))
     gain = detectable(alone[:, 0].tolist())
     assert power.is_better(experiments + gain).mean() == pytest.approx(0.8, abs=0.04)
     assert power.is_better(experiments).mean() == pytest.approx(0.025, abs=0.015)
