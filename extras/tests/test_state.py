@@ -335,7 +335,7 @@ def test_a_config_that_lacks_a_key_is_refused(run, capsys, key):
     del config[key]
     path.write_text(json.dumps(config))
     assert train.main(["--resume", str(run / "a")]) == 2
-    assert f"no {key} of a run" in capsys.readouterr().err
+    assert f"{key} is missing" in capsys.readouterr().err
 
 
 def test_a_foreign_config_touches_no_other_folder(run, capsys):
