@@ -205,14 +205,8 @@ def first_moments(state):
 STATE_CHANGES = {
     "a tensor in place of a number": lambda state: state.update(run=torch.ones(2)),
     "an example that is not there": lambda state: state["progress"].update(queue=[[10**6]]),
-    "no evaluation": lambda state: state["progress"].update(evaluations=[], step=4),
     "an empty evaluation": lambda state: state["progress"].update(evaluations=[{}], step=4),
-    "a step after the last": lambda state: state["progress"].update(step=99),
-    "no time": lambda state: state["progress"].update(step_seconds=0.0),
-    "a loss of nan": lambda state: state["progress"].update(loss=float("nan")),
-    "no moments": lambda state: first_moments(state).pop("exp_avg"),
     "moments of nan": lambda state: first_moments(state)["exp_avg"].fill_(float("nan")),
-    "a parameter without moments": lambda state: state["optimizer"].popitem(),
     "sums of other shapes": lambda state: state["search"]["recorded"].update({"layers.0.q": [1]}),
 }
 
