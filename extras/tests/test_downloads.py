@@ -411,6 +411,16 @@ def test_a_config_of_another_model_does_not_stay(server, change):
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "vocab.txt"]
 
 
+def test_a_file_in_the_place_of_the_folder_ends_the_download_at_once(server, tmp_path):
+    on_the_hub(server, config__json=BERT)
+    place = tmp_path / "cache" / "hub" / "some" / "model"
+    place.parent.mkdir(parents=True)
+    place.write_text("")
+    with pytest.raises(OSError):
+        downloads.hub_folder("some/model")
+    assert len(server.asked) == 1  # another attempt would not help
+
+
 def test_a_name_that_is_misspelt_leaves_no_folder(server, tmp_path):
     with pytest.raises(InputError, match="the hub has no config.json"):
         downloads.hub_folder("some/model")
