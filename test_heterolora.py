@@ -806,12 +806,6 @@ def test_a_wrong_flag_is_refused_by_the_parser(flags, capsys):
     assert line.startswith(f"train.py: error: argument {flags[0]}: ")
 
 
-def test_a_batch_is_at_most_the_whole_training_set():
-    args = train.parse_args(["--train-limit", "9", "--batch-size", "9" * 15, "--method", "head"])
-    train.prepare(args)
-    assert args.batch_size == 9
-
-
 def test_an_update_of_the_training_loop_leaves_ranks_that_are_off():
     args = train.parse_args(["--method", "static", "--lr", "0.1"])
     model, adapters = make_model()

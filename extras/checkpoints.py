@@ -14,6 +14,7 @@ import math
 import os
 import re
 import zipfile
+import zlib
 
 import torch
 
@@ -171,6 +172,26 @@ def hf_name(name):
         return ".".join(["encoder.layer", number, IN_LAYER[module], *rest])
     table = "LayerNorm" if first == "ln" else f"{first}_embeddings"
     return ".".join(["embeddings", table, *rest])
+
+
+def content_checksum(value, total=0):
+    """Return the CRC of nested lists, dictionaries, plain values and tensors.
+
+    total: the CRC of what came before.
+    """
+    total = zlib.crc32(type(value).__name__.encode(), total)
+    if isinstance(value, torch.Tensor):
+        total = zlib.crc32(repr((value.dtype, value.shape)).encode(), total)
+        flat = value.detach().cpu().contiguous().flatten()
+        return zlib.crc32(flat.view(torch.uint8).numpy().data, total)  # NumPy has no bfloat16
+    if isinstance(value, dict):
+        value = list(value.items())
+    if not isinstance(value, (list, tuple)):
+        return zlib.crc32(repr(value).encode(), total)
+    total = zlib.crc32(repr(len(value)).encode(), total)
+    for part in value:
+        total = content_checksum(part, total)
+    return total
 
 
 def find_checkpoint(name_or_dir):

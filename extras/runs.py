@@ -21,14 +21,13 @@ import torch
 
 from data import InputError
 from extras.allocators import costs_once
-from extras.checkpoints import read_pickle
+from extras.checkpoints import content_checksum, read_pickle
 from extras.files import lock, read_json, say, write
 from extras.show import changes, grid
 from extras.state import (
     PLACES,
     check_checkpoint,
     collect_learned,
-    content_checksum,
     fitting,
     read_config,
     run_checksum,
@@ -232,7 +231,7 @@ class Run:
         path = self.path("state.pt")
         saved = read_pickle(path, ("run", "data", "sizes", "progress", "trained"))
         with fitting(path):
-            checksum = saved.pop("checksum", None)  # an older run's state has none, and is trusted
+            checksum = saved.pop("checksum", None)  # an older run's state has none
             if checksum not in (None, content_checksum(saved)):
                 raise ValueError("it was changed by hand, or is damaged")
             if saved["run"] != self.checksum:

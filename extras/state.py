@@ -42,26 +42,6 @@ def run_checksum(flags, checkpoint):
     return zlib.crc32(repr((kept, checkpoint)).encode())
 
 
-def content_checksum(value, total=0):
-    """Return the CRC of nested lists, dictionaries, plain values and tensors.
-
-    total: the CRC of what came before.
-    """
-    total = zlib.crc32(type(value).__name__.encode(), total)
-    if isinstance(value, torch.Tensor):
-        total = zlib.crc32(repr((value.dtype, value.shape)).encode(), total)
-        flat = value.detach().cpu().contiguous().flatten()
-        return zlib.crc32(flat.view(torch.uint8).numpy().data, total)  # NumPy has no bfloat16
-    if isinstance(value, dict):
-        value = list(value.items())
-    if not isinstance(value, (list, tuple)):
-        return zlib.crc32(repr(value).encode(), total)
-    total = zlib.crc32(repr(len(value)).encode(), total)
-    for part in value:
-        total = content_checksum(part, total)
-    return total
-
-
 def read_config(folder):
     """Return config.json of a run: command, flags, checkpoint, checksum. Raises InputError."""
     path = os.path.join(folder, "config.json")
@@ -175,12 +155,25 @@ class State:
     def restore(self, state):
         """Put back what `collect` returned. Raises an error of any type if it does not fit."""
         for field in dataclasses.fields(self.progress):
-            setattr(self.progress, field.name, state["progress"][field.name])
+            value = state["progress"][field.name]
+            if type(value) is not type(getattr(self.progress, field.name)):
+                raise ValueError(f"{field.name} is a {type(value).__name__}")
+            setattr(self.progress, field.name, value)
+        if self.progress.step < 0 or not all(type(e) is dict for e in self.progress.evaluations):
+            raise ValueError("the counters are not those of a run")
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         put(state["trained"], trained)
+        if state["ranks"].keys() != self.adapters.keys():
+            raise ValueError("the ranks are of other modules")
         heterolora.set_ranks(self.adapters, state["ranks"])
         groups = self.optimizer.state_dict()["param_groups"]  # these follow from the flags
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        if self.progress.step > 0 and not self.optimizer.state:
+            raise ValueError("the optimizer's state is missing")
+        for parameter, moments in self.optimizer.state.items():
+            for moment in moments.values():
+                if moment.dim() > 0 and moment.shape != parameter.shape:
+                    raise ValueError("the optimizer's state is of another shape")
         self.schedule.last_epoch = self.progress.step
         factors = self.schedule.lr_lambdas
         for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
@@ -192,9 +185,17 @@ class State:
             torch.cuda.set_rng_state(state["dropout_cuda"], self.device)
         if self.search:
             saved = state["search"]
-            self.search.history = saved["history"]
+            for entry in saved["history"]:
+                if entry["ranks"].keys() != self.adapters.keys():
+                    raise ValueError("an allocation is of other modules")
+                heterolora.set_ranks(self.adapters, entry["ranks"])  # refuses what is no rank
+            if state["ranks"] != saved["history"][-1]["ranks"]:
+                raise ValueError("the ranks are not those of the last allocation")
+            self.search.history = list(saved["history"])
             self.search.generator.set_state(saved["generator"])
-            self.search.recorded_steps = saved["recorded_steps"]
+            self.search.recorded_steps = int(saved["recorded_steps"])
+            if self.search.recorded_steps < 0:
+                raise ValueError("the number of recorded steps is negative")
             for name, sums in saved["recorded"].items():
                 adapter = self.adapters[name]
                 self.search.recorded[adapter] = [total.to(self.device) for total in sums]
@@ -242,9 +243,7 @@ def read_learned(folder):
 def put(tensors, parameters):
     """Copy {name: tensor} into the parameters of the same names. Raises ValueError."""
     if tensors.keys() != parameters.keys():
-        raise ValueError(
-            f"it holds {len(tensors)} tensors; want the {len(parameters)} of the model"
-        )
+        raise ValueError(f"it holds {len(tensors)} tensors; want {len(parameters)}")
     for name, parameter in parameters.items():
         tensor = tensors[name]
         if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:

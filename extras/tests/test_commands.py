@@ -180,6 +180,12 @@ def test_a_command_that_is_stopped_says_so_in_one_line(capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
+def test_a_batch_is_at_most_the_whole_training_set():
+    args = train.parse_args(["--train-limit", "9", "--batch-size", "9" * 15, "--method", "head"])
+    train.prepare(args)
+    assert args.batch_size == 9
+
+
 def test_an_encoder_that_is_too_short_for_the_examples_is_refused_and_leaves_no_folder(
     tmp_path, capsys
 ):

@@ -13,8 +13,9 @@ import torch
 
 import train
 from data import InputError
+from extras.checkpoints import content_checksum
 from extras.runs import Run
-from extras.state import PLACES, Progress, State, content_checksum, run_checksum
+from extras.state import PLACES, Progress, State, run_checksum
 
 COMMON = ["--train-limit", "96", "--precision", "float32", "--max-steps", "4", "--batch-size", "16"]
 COMMON += ["--head-warmup", "8", "--holdout", "0.25"]
