@@ -203,6 +203,30 @@ def first_moments(state):
     return next(iter(state["optimizer"].values()))
 
 
+OLD_STATE_CHANGES = {
+    "a negative step": lambda state: state["progress"].update(step=-1),
+    "a step that is no number": lambda state: state["progress"].update(step="2"),
+    "an evaluation that is no table": lambda state: state["progress"].update(evaluations=[3]),
+    "no optimizer": lambda state: state["optimizer"].clear(),
+    "moments of another shape": lambda state: first_moments(state).update(exp_avg=torch.ones(7, 7)),
+    "ranks of other modules": lambda state: state["ranks"].update(other=1),
+    "other ranks than chosen": lambda state: state.update(ranks=dict.fromkeys(state["ranks"], 0)),
+    "an allocation of others": lambda state: state["search"]["history"][0]["ranks"].update(other=1),
+    "negative recorded steps": lambda state: state["search"].update(recorded_steps=-1),
+}
+
+
+@pytest.mark.parametrize("change", OLD_STATE_CHANGES)
+def test_a_state_without_a_checksum_is_checked_all_the_same(run, capsys, change):
+    def edited(state):
+        OLD_STATE_CHANGES[change](state)
+        del state["checksum"]  # as in the state of an older run
+
+    edit(run / "a" / "state.pt", edited)
+    assert train.main(["--resume", str(run / "a")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 STATE_CHANGES = {
     "a tensor in place of a number": lambda state: state.update(run=torch.ones(2)),
     "an example that is not there": lambda state: state["progress"].update(queue=[[10**6]]),
