@@ -25,10 +25,8 @@ class InputError(ValueError):
     def __init__(self, message):
         if len(message) > 1000:
             message = f"{message[:600]} [...] {message[-300:]}"
-        line = ""
-        for character in message:  # a line end, say, is shown as \n
-            line += character if character.isprintable() else repr(character)[1:-1]
-        super().__init__(line)
+        # A line end, say, is shown as \n.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 # ------------------------------------------------------------------------------------- metrics
@@ -229,20 +227,22 @@ class Split:
             self.labels.append(label)
         self.pad_id = tokenizer.pad_id
         self.max_length = max_length
-        self.device = device
+        self.device = torch.device(device)
 
     def __getitem__(self, indices):
         """Return (input_ids, attention_mask, token_type_ids), each (B, T), and labels (B,)."""
         longest = max(self.lengths[i] for i in indices)
         T = min(math.ceil(longest / 8) * 8, self.max_length)  # fewer shapes to prepare code for
         inputs = pad([self.encoded[i] for i in indices], self.pad_id, T)
-        labels = torch.tensor([self.labels[i] for i in indices], device=self.device)
-        return tuple(tensor.to(self.device) for tensor in inputs), labels
+        labels = torch.tensor([self.labels[i] for i in indices])
+        is_gpu = self.device.type == "cuda"  # whose copy need not wait for the step before it
+        *inputs, labels = [x.to(self.device, non_blocking=is_gpu) for x in (*inputs, labels)]
+        return tuple(inputs), labels
 
     def sample(self, count, batch_size, generator):
         """Return `count` random batches, drawn with replacement."""
-        n = count * batch_size
-        drawn = torch.randint(len(self.labels), (n,), generator=generator).tolist()
+        size = (count * batch_size,)
+        drawn = torch.randint(len(self.labels), size, generator=generator).tolist()
         lengths = [self.lengths[i] for i in drawn]
         sampled = []
         for chunk in batches(lengths, batch_size, generator):

@@ -236,7 +236,8 @@ def train(args):
     from extras import fast_cpu, runs, setup
     from extras.allocators import plain_lora
     from extras.gradient_start import start_along_gradients
-    from extras.state import Progress, State, StopSignal, data_checksum
+    from extras.state import State, data_checksum
+    from extras.stop import StopSignal
     from extras.summary import summarise
     from extras.warm_up import first_allocation
 
@@ -267,10 +268,8 @@ def train(args):
         search = setup.neighbour(args, model, adapters, loss_fn, optimizer, total)
     data_order = generator(args.seed, "data order")
     probing = generator(args.seed, "probing")
-    progress = Progress()
-    state = State(
-        progress, device, model, adapters, optimizer, schedule, search, data_order, probing
-    )
+    state = State(device, model, adapters, optimizer, schedule, search, data_order, probing)
+    progress = state.progress
     run.data_checksum = [data_checksum(split, task.labels) for split in (train_set, dev_set)]
 
     with StopSignal() as stop:  # Ctrl-C lets the first allocation or a step end, and is saved then
@@ -334,10 +333,8 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
             loss = objective(model, batch)
             loss.backward()
         update(model, adapters, state.optimizer, state.schedule)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {step}: try a lower --lr")
-        progress.count(step, value, batch, time.perf_counter() - start, is_recorded)
+        progress.loss += loss.detach()  # read at the next log line: here a GPU would have to wait
+        progress.count(step, batch, time.perf_counter() - start, is_recorded)
 
         # Log, evaluate, save.
         is_epoch_end = step % steps_per_epoch == 0

@@ -163,7 +163,11 @@ class Run:
                 file.write(json.dumps(record) + "\n")
 
     def log_step(self, progress, total, steps):
-        """Print the mean loss of the last `steps` steps, and the speed since the start."""
+        """Print the mean loss of the last `steps` steps, and the speed since the start.
+
+        Raises FloatingPointError if the loss is not finite.
+        """
+        progress.read_loss()
         loss = progress.loss / steps
         speed = progress.samples / progress.step_seconds
         milliseconds = 1000 * progress.step_seconds / progress.step

@@ -6,9 +6,9 @@ learned is less: the ranks that are on and their values, the head, and the names
 
 import contextlib
 import dataclasses
+import math
 import os
-import signal
-import sys
+import time
 import zlib
 
 import torch
@@ -91,7 +91,7 @@ class Progress:
 
     step: int = 0
     queue: list = dataclasses.field(default_factory=list)  # batches left of this epoch
-    loss: float = 0.0  # sum since the last log line
+    loss: float = 0.0  # sum since the last log line; a tensor until `read_loss`
     samples: int = 0
     tokens: int = 0  # padding included
     step_seconds: float = 0.0
@@ -100,11 +100,19 @@ class Progress:
     search_seconds: float = 0.0  # of scoring and allocating
     evaluations: list = dataclasses.field(default_factory=list)
 
-    def count(self, step, loss, batch, seconds, is_recorded):
+    def read_loss(self):
+        """Turn the sum of losses into a number. Raises FloatingPointError if it is not finite."""
+        start = time.perf_counter()
+        self.loss = float(self.loss)
+        self.step_seconds += time.perf_counter() - start  # a GPU ends the last steps only now
+        if not math.isfinite(self.loss):
+            reason = f"the loss is {self.loss} at step {self.step} or shortly before"
+            raise FloatingPointError(f"{reason}: try a lower --lr")
+
+    def count(self, step, batch, seconds, is_recorded):
         """Count a step that has been made."""
         (input_ids, *_), labels = batch
         self.step = step
-        self.loss += loss
         self.samples += len(labels)
         self.tokens += input_ids.numel()
         self.step_seconds += seconds
@@ -117,7 +125,6 @@ class Progress:
 class State:
     """The objects that change while a run trains. Random numbers of dropout are torch's own."""
 
-    progress: object
     device: torch.device
     model: object
     adapters: dict
@@ -126,9 +133,11 @@ class State:
     search: object
     data_order: torch.Generator
     probing: torch.Generator
+    progress: Progress = dataclasses.field(default_factory=Progress)
 
     def collect(self):
-        """Return everything as plain values and tensors."""
+        """Return everything as plain values and tensors. Raises FloatingPointError."""
+        self.progress.read_loss()
         state = {
             "progress": dataclasses.asdict(self.progress),
             "trained": {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad},
@@ -270,29 +279,3 @@ def put_learned(folder, learned, args, model, adapters):
         put(learned["head"], dict(model.head.named_parameters()))
         heterolora.set_ranks(adapters, learned["ranks"])
         put(learned["adapters"], blocks_on(adapters))
-
-
-class StopSignal:
-    """Let a step end after the first Ctrl-C or SIGTERM, which sets `requested`.
-
-    The second one stops at once.
-    """
-
-    def __enter__(self):
-        self.requested = False
-        self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # only the main thread may
-                self.handlers[number] = signal.signal(number, self.request)
-        return self
-
-    def request(self, number, frame):
-        """Handle the signal."""
-        if self.requested:
-            raise KeyboardInterrupt("at once")
-        self.requested = True
-        print("stopping after this step (again: at once)", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)

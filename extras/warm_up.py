@@ -115,8 +115,8 @@ def train_together(args, model, adapters, batches, dropout_seed):
         loss = loss_fn(model, batch)
         loss.backward()
         update(model, adapters, optimizer, schedule)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss} in the warm-up: try a lower --lr")
+    if not loss.isfinite():  # it stays so once it is: all that trains is clipped together
+        raise FloatingPointError(f"the loss is {loss} in the warm-up: try a lower --lr")
 
 
 def train_head(model, batches, steps):

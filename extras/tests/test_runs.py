@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import math
 import os
+import signal
+import types
 
 import pytest
 import torch
@@ -98,17 +101,52 @@ def test_a_resume_with_other_data_is_refused_and_leaves_the_run_as_it_was(tmp_pa
 
 def test_what_recording_adds_counts_as_search_and_not_as_training():
     progress = extras.state.Progress()
-    progress.count(1, 0.5, ((torch.zeros(2, 50),), torch.zeros(2)), 1.0, False)
-    progress.count(2, 0.5, ((torch.zeros(2, 100),), torch.zeros(2)), 2.6, True)
+    progress.count(1, ((torch.zeros(2, 50),), torch.zeros(2)), 1.0, False)
+    progress.count(2, ((torch.zeros(2, 100),), torch.zeros(2)), 2.6, True)
     assert extras.summary.extra_seconds(progress) == pytest.approx(0.6)
 
 
 def test_recording_never_takes_less_than_no_time():
     progress = extras.state.Progress()
     batch = (torch.zeros(2, 50),), torch.zeros(2)
-    progress.count(1, 0.5, batch, 1.0, False)  # the first step of a process is slow
-    progress.count(2, 0.5, batch, 0.1, True)
+    progress.count(1, batch, 1.0, False)  # the first step of a process is slow
+    progress.count(2, batch, 0.1, True)
     assert extras.summary.extra_seconds(progress) == 0
+
+
+def test_no_training_step_waits_for_a_value_that_a_device_has_computed():
+    # The meta device computes shapes alone: to read a value from it is an error.
+    args = train.parse_args([])
+    task, tokenizer, model, adapters = train.prepare(args)
+    model.to("meta")
+    optimizer, schedule = train.make_optimizer(args, model, adapters, 9)
+    search = heterolora.HeteroLoRA(model, adapters, 9999, train.loss_fn)
+    heterolora.set_ranks(adapters, {"layers.0.q": 8})
+    rest = [optimizer, schedule, search, torch.Generator(), torch.Generator()]
+    state = extras.state.State(torch.device("meta"), model, adapters, *rest)
+    train_set = data.Split(task.train[:64], tokenizer, 128, "meta")
+    stop = types.SimpleNamespace(requested=False)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        train.fit(args, extras.runs.Run(None, True), state, 9, 20, train_set, None, None, stop)
+    assert state.progress.step == 4  # all until the scores of an allocation are read
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
+    tmp_path, monkeypatch, capsys, value
+):
+    loss_fn = train.loss_fn
+    counter = itertools.count(1)
+
+    def break_at_the_third(model, batch):
+        return loss_fn(model, batch) * (value if next(counter) == 3 else 1)
+
+    monkeypatch.setattr(train, "loss_fn", break_at_the_third)
+    monkeypatch.setattr(train, "LOG_EVERY", 5)
+    assert run("--method", "lora", "--max-steps", "9", out=tmp_path) == 1
+    assert "loss is" in capsys.readouterr().err
+    state = torch.load(tmp_path / "state.pt")
+    assert state["progress"]["step"] == 0
 
 
 def stop_after(monkeypatch, steps):
@@ -119,7 +157,7 @@ def stop_after(monkeypatch, steps):
     def update(*arguments):
         step(*arguments)
         if next(counter) == steps:
-            os.kill(os.getpid(), extras.state.signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(train, "update", update)
 

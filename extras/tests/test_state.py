@@ -95,8 +95,8 @@ def test_a_state_saved_on_a_cpu_is_gone_on_from_on_a_gpu():
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     parts = [model, {}, optimizer, schedule, None, torch.Generator(), torch.Generator()]
-    saved = State(Progress(samples=3), torch.device("cpu"), *parts).collect()
-    state = State(Progress(), torch.device("cuda"), *parts)
+    saved = State(torch.device("cpu"), *parts, Progress(samples=3)).collect()
+    state = State(torch.device("cuda"), *parts)
     state.restore(saved)
     assert state.progress.samples == 3
 
