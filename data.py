@@ -235,8 +235,8 @@ class Split:
         T = min(math.ceil(longest / 8) * 8, self.max_length)  # fewer shapes to prepare code for
         inputs = pad([self.encoded[i] for i in indices], self.pad_id, T)
         labels = torch.tensor([self.labels[i] for i in indices])
-        is_gpu = self.device.type == "cuda"  # whose copy need not wait for the step before it
-        *inputs, labels = [x.to(self.device, non_blocking=is_gpu) for x in (*inputs, labels)]
+        is_cuda = self.device.type == "cuda"  # a copy to it may overlap the step before
+        *inputs, labels = [x.to(self.device, non_blocking=is_cuda) for x in (*inputs, labels)]
         return tuple(inputs), labels
 
     def sample(self, count, batch_size, generator):

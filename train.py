@@ -314,6 +314,7 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
         # Allocate anew, if it is time: score what has been recorded, or make passes for it.
         since = (step - 1) % realloc_every  # steps made since the last allocation
         if is_dynamic and since == 0 and step > 1:
+            progress.read_loss()
             start = time.perf_counter()
             batches = None
             if not is_inline:
@@ -333,7 +334,7 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
             loss = objective(model, batch)
             loss.backward()
         update(model, adapters, state.optimizer, state.schedule)
-        progress.loss += loss.detach()  # read at the next log line: here a GPU would have to wait
+        progress.loss += loss.detach()  # not read yet: that would wait for a GPU at every step
         progress.count(step, batch, time.perf_counter() - start, is_recorded)
 
         # Log, evaluate, save.
@@ -344,6 +345,7 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
         if search:
             run.log_allocations(search)  # AdaLoRA makes its last one after a step
         if is_epoch_end or step == total:
+            progress.read_loss()
             progress.evaluations.append(evaluate(model, dev_set, metric))
             run.log_evaluation(progress, total)
         if is_epoch_end or step % SAVE_EVERY == 0 or stop.requested:

@@ -219,7 +219,7 @@ class Run:
     # ---------------------------------------------------------------------------- the state
 
     def save(self, state):
-        """Write state.pt, whole or not at all."""
+        """Write state.pt, whole or not at all. Raises FloatingPointError (see State.collect)."""
         if self.folder:
             sizes = {}
             for name in LOGS:

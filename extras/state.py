@@ -106,8 +106,8 @@ class Progress:
         self.loss = float(self.loss)
         self.step_seconds += time.perf_counter() - start  # a GPU ends the last steps only now
         if not math.isfinite(self.loss):
-            reason = f"the loss is {self.loss} at step {self.step} or shortly before"
-            raise FloatingPointError(f"{reason}: try a lower --lr")
+            where = f"at step {self.step} or shortly before"
+            raise FloatingPointError(f"the loss is not finite {where}: try a lower --lr")
 
     def count(self, step, batch, seconds, is_recorded):
         """Count a step that has been made."""
@@ -136,7 +136,10 @@ class State:
     progress: Progress = dataclasses.field(default_factory=Progress)
 
     def collect(self):
-        """Return everything as plain values and tensors. Raises FloatingPointError."""
+        """Return everything as plain values and tensors.
+
+        Raises FloatingPointError if the loss is not finite, so that such a state is never saved.
+        """
         self.progress.read_loss()
         state = {
             "progress": dataclasses.asdict(self.progress),
@@ -165,7 +168,7 @@ class State:
         """Put back what `collect` returned. Raises an error of any type if it does not fit."""
         for field in dataclasses.fields(self.progress):
             value = state["progress"][field.name]
-            if type(value) is not type(getattr(self.progress, field.name)):
+            if type(value) is not field.type:
                 raise ValueError(f"{field.name} is a {type(value).__name__}")
             setattr(self.progress, field.name, value)
         if self.progress.step < 0 or not all(type(e) is dict for e in self.progress.evaluations):

@@ -111,12 +111,14 @@ def train_together(args, model, adapters, batches, dropout_seed):
     model.train()
     torch.manual_seed(dropout_seed)  # each warm-up's own, and not that of training
     optimizer, schedule = make_optimizer(args, model, adapters, len(batches))
+    total = 0.0
     for batch in batches:
         loss = loss_fn(model, batch)
         loss.backward()
         update(model, adapters, optimizer, schedule)
-    if not loss.isfinite():  # it stays so once it is: all that trains is clipped together
-        raise FloatingPointError(f"the loss is {loss} in the warm-up: try a lower --lr")
+        total += loss.detach()
+    if not total.isfinite():
+        raise FloatingPointError("the loss is not finite in the warm-up: try a lower --lr")
 
 
 def train_head(model, batches, steps):

@@ -132,9 +132,20 @@ def test_no_training_step_waits_for_a_value_that_a_device_has_computed():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "lora"],  # ends before the first evaluation
+        ["--realloc-every", "0.7"],  # ends before the second allocation
+        ["--method", "lora", "interrupted"],  # ends before a state is saved
+    ],
+)
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
-    tmp_path, monkeypatch, capsys, value
+    tmp_path, monkeypatch, capsys, value, flags
 ):
+    if flags[-1] == "interrupted":
+        stop_after(monkeypatch, 3)
+        flags = flags[:-1]
     loss_fn = train.loss_fn
     counter = itertools.count(1)
 
@@ -142,9 +153,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
         return loss_fn(model, batch) * (value if next(counter) == 3 else 1)
 
     monkeypatch.setattr(train, "loss_fn", break_at_the_third)
-    monkeypatch.setattr(train, "LOG_EVERY", 5)
-    assert run("--method", "lora", "--max-steps", "9", out=tmp_path) == 1
-    assert "loss is" in capsys.readouterr().err
+    assert run(*flags, "--max-steps", "9", out=tmp_path) == 1
+    assert "the loss is not finite at step" in capsys.readouterr().err
     state = torch.load(tmp_path / "state.pt")
     assert state["progress"]["step"] == 0
 
