@@ -128,7 +128,7 @@ def test_no_training_step_waits_for_a_value_that_a_device_has_computed():
     stop = types.SimpleNamespace(requested=False)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         train.fit(args, extras.runs.Run(None, True), state, 9, 20, train_set, None, None, stop)
-    assert state.progress.step == 4  # all until the scores of an allocation are read
+    assert state.progress.step == 4  # all until an allocation, which reads
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
