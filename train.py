@@ -314,7 +314,7 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
         # Allocate anew, if it is time: score what has been recorded, or make passes for it.
         since = (step - 1) % realloc_every  # steps made since the last allocation
         if is_dynamic and since == 0 and step > 1:
-            progress.read_loss()
+            progress.read_loss()  # before the clock starts: a wait for a GPU belongs to training
             start = time.perf_counter()
             batches = None
             if not is_inline:

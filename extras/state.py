@@ -91,7 +91,7 @@ class Progress:
 
     step: int = 0
     queue: list = dataclasses.field(default_factory=list)  # batches left of this epoch
-    loss: float = 0.0  # sum since the last log line; a tensor until `read_loss`
+    loss: float = 0.0  # sum since the last log line; a step makes it a tensor, `read_loss` a float
     samples: int = 0
     tokens: int = 0  # padding included
     step_seconds: float = 0.0
@@ -104,7 +104,7 @@ class Progress:
         """Turn the sum of losses into a number. Raises FloatingPointError if it is not finite."""
         start = time.perf_counter()
         self.loss = float(self.loss)
-        self.step_seconds += time.perf_counter() - start  # a GPU ends the last steps only now
+        self.step_seconds += time.perf_counter() - start  # it waits for a GPU to end them
         if not math.isfinite(self.loss):
             where = f"at step {self.step} or shortly before"
             raise FloatingPointError(f"the loss is not finite {where}: try a lower --lr")
@@ -136,7 +136,7 @@ class State:
     progress: Progress = dataclasses.field(default_factory=Progress)
 
     def collect(self):
-        """Return everything as plain values and tensors.
+        """Read the loss, and return everything as plain values and tensors.
 
         Raises FloatingPointError if the loss is not finite, so that such a state is never saved.
         """
