@@ -246,15 +246,15 @@ def train(args):
         return run.result()
     task, tokenizer, model, adapters = prepare(args)
     device = model.head[0].weight.device
-    train_set = data.Split(task.train, tokenizer, args.max_length, device)
-    dev_set = data.Split(task.dev, tokenizer, args.max_length, device)
     run.begin(args, model)
     if device.type == "cpu":  # the same results, to rounding
         run.log(f"cpu     faster {fast_cpu.accelerate(model, args.precision)}")
     budget = int(args.budget or 0)
-    sizes = f"{len(train_set.labels):,} train, {len(dev_set.labels):,} {task.dev_name}"
+    sizes = f"{len(task.train):,} train, {len(task.dev):,} {task.dev_name}"
     run.log(f"data    {args.task}: {sizes}, classes {', '.join(task.labels)}")
     run.log(f"model   {len(adapters)} modules, {size(adapters):,} parameters, budget {budget:,}")
+    train_set = data.Split(task.train, tokenizer, args.max_length, device)
+    dev_set = data.Split(task.dev, tokenizer, args.max_length, device)
 
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total = max(1, min(math.ceil(args.epochs * steps_per_epoch - 1e-6), args.max_steps or math.inf))

@@ -73,6 +73,7 @@ def read_checkpoint(args):
     if args.model != "built-in" and os.path.isdir(args.model):
         args.model = os.path.abspath(args.model)
     args.max_length = min(args.max_length, encoder.max_length)
+    tokenizer.encode("", "", args.max_length)  # refuses a length without room for a pair
     return tokenizer, encoder
 
 

@@ -43,6 +43,21 @@ def test_a_run_that_broke_off_before_its_first_state_begins_anew(tmp_path, monke
     assert sum("modules" in json.loads(line) for line in lines) == 1
 
 
+def test_the_log_begins_before_the_texts_are_tokenized_and_ctrl_c_there_can_be_resumed(
+    tmp_path, monkeypatch, capsys
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "Split", stop)
+        assert run(out=tmp_path / "a") == 130
+    output = capsys.readouterr()
+    assert "data    paraphrase: 72 train, 24 held out, classes 0, 1\n" in output.out
+    assert "go on with: python train.py --resume" in output.err
+    assert train.main(["--resume", str(tmp_path / "a")]) == 0
+
+
 def test_a_run_that_lost_its_state_and_result_is_not_trained_again(tmp_path, capsys):
     assert run("--method", "head", out=tmp_path) == 0
     learned = (tmp_path / "adapters.pt").read_bytes()
