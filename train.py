@@ -324,8 +324,9 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
             run.log_allocations(search)
 
         # Train. Record the last steps before an allocation, if there is to be one.
-        left = realloc_every - since
-        is_recorded = is_inline and left <= args.probe_batches and step + left <= total
+        steps_left = realloc_every - since
+        is_near = steps_left <= args.probe_batches and step + steps_left <= total
+        is_recorded = is_inline and is_near
         start = time.perf_counter()
         if not progress.queue:
             progress.queue = data.batches(train_set.lengths, args.batch_size, state.data_order)
@@ -340,7 +341,7 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
         # Log, evaluate, save.
         is_epoch_end = step % steps_per_epoch == 0
         if step % LOG_EVERY == 0 or step == total:
-            run.log_step(progress, total, (step - 1) % LOG_EVERY + 1)
+            run.log_step(progress, total, steps=(step - 1) % LOG_EVERY + 1)
             progress.loss = 0.0
         if search:
             run.log_allocations(search)  # AdaLoRA makes its last one after a step
