@@ -5,8 +5,8 @@
 
 A contender is METHOD[:PROXY][:ALLOCATOR][:FLAG=VALUE]... with flags of train.py; `random` is
 static:constant. Other flags of train.py hold for all. Runs that have ended are kept in a file of
-JSON lines, and are not done again, even if the code has changed since. Those of another kind of
-processor are, as it rounds in its own way.
+JSON lines, and are not done again, even if the code has changed since. A run of another kind of
+processor is done again, as each kind rounds in its own way.
 """
 
 import argparse
@@ -38,15 +38,14 @@ from heterolora import ALLOCATORS, PROXIES
 
 TUNING_SHARE = 0.2  # of the training set is held out, to choose among several learning rates
 
-# Flags that do not tell runs apart, not even a GPU from the CPU beside it. Weights count by their
-# checksum, not by the name of --model.
-NO_MATTER = {"data_dir", "device", "out", "resume", "command", "model"}
+# Flags that do not tell runs apart; a run on a GPU counts as the same run on the CPU beside it. The
+# model counts by checksums, of its weights here and of its form in `read_record`, not by its name.
+NO_MATTER = {"data_dir", "device", "out", "resume", "command", "model", "form"}
 # Flags that are the same for all contenders.
 SHARED = {"task", "metric", "train_limit", "holdout", "model", "method", "budget", "seed"}
 SHARED |= NO_MATTER
 # Flags of a score and what comes before it.
-SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_steps"}
-SEARCH |= {"score_repeats"}
+SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_steps", "score_repeats"}
 # Flags of the search space.
 SPACE = {"budget", "targets", "shortcuts", "rank", "alpha", "shortcut_alpha", "adapter"}
 SPACE |= {"allocator", "init"}
@@ -111,7 +110,7 @@ def prepare(args, argv):
             raise InputError(f"{spec}: {error}") from None
         flags.budget = int(common.budget)  # `prepare` lowers it where the space is smaller
         flags.data_checksum = data_checksum
-        flags.checkpoint = model.checkpoint
+        flags.checkpoint, flags.form = model.checkpoint, model.form
         contenders[spec] = flags
     return contenders
 
@@ -129,17 +128,18 @@ def code_checksum():
 CODE = code_checksum()  # of what was imported: the files may change while runs go on
 
 
-def read_record(path, key):
-    """Return the record of the run with these flags on this kind of processor, or None.
+def read_record(path, key, form=None):
+    """Return the record of a run with these flags, a model of this form, and a processor as here.
 
-    A line that is no result is left out, with a warning. Raises InputError.
+    Or None. A line that is no result is left out, with a warning. Raises InputError.
     """
-    here = processor_name()
+    here = {"processor": processor_name(), "form": form}  # old records lack the form
     found = None
     for line, record in records(path):
         try:
             check_result(record["result"])
-            if as_key(record["flags"]) == key and record.get("processor", here) == here:
+            is_here = all(record.get(name, value) == value for name, value in here.items())
+            if is_here and as_key(record["flags"]) == key:
                 found = record
         except WRONG_FORM:
             warnings.warn(f"{path}, line {line}, is no result: left out", stacklevel=2)
@@ -178,7 +178,7 @@ def run(spec, flags, path):
     for name in unused_flags(flags):
         kept.pop(name, None)
     key = as_key(kept)
-    if record := read_record(path, key):
+    if record := read_record(path, key, flags.form):
         told = in_words(record["result"])
         if record.get("code") != CODE:
             told += " (by other code, or unknown: another --results FILE trains anew)"
@@ -189,11 +189,11 @@ def run(spec, flags, path):
             result = train.train(copy.copy(flags))
     except FloatingPointError as error:
         result = {"failed": str(error)}
-    if record := read_record(path, key):  # by another process, meanwhile
+    if record := read_record(path, key, flags.form):  # by another process, meanwhile
         return record["result"]
     record = {"flags": kept, "result": result, "date": datetime.date.today().isoformat()}
     record |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "code": CODE}
-    record["processor"] = processor_name()  # each kind rounds in its own way
+    record |= {"processor": processor_name(), "form": flags.form}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     print(f"run     {spec} seed {flags.seed} lr {flags.lr:g} | {in_words(result)}", flush=True)

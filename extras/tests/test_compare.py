@@ -24,7 +24,7 @@ def runs(monkeypatch, tmp_path):
     """Replace loading and training by stubs; give the list of the flags of every run."""
     monkeypatch.chdir(tmp_path)
     model = Classifier(Encoder(EncoderConfig(**SIZES)), 2)
-    model.checkpoint = 1
+    model.checkpoint, model.form = 1, 2
     runs = []
 
     def prepare(flags):
@@ -134,6 +134,25 @@ def test_a_run_on_another_processor_is_done_again(runs, monkeypatch):
     compare.main(["lora", "--seeds", "0"])
     compare.main(["lora", "--seeds", "0"])
     assert len(runs) == 2
+
+
+def test_a_run_of_a_model_with_another_config_or_tokenizer_is_done_again(runs, monkeypatch):
+    compare.main(["lora", "--seeds", "0"])
+    _, _, model, _ = train.prepare(train.parse_args([]))
+    monkeypatch.setattr(model, "form", 3)
+    compare.main(["lora", "--seeds", "0"])
+    compare.main(["lora", "--seeds", "0"])
+    assert len(runs) == 2
+
+
+def test_a_record_of_before_forms_were_kept_still_counts(runs, tmp_path):
+    compare.main(["lora", "--seeds", "0"])
+    path = tmp_path / "results.jsonl"
+    record = json.loads(path.read_text())
+    del record["form"]
+    path.write_text(json.dumps(record) + "\n")
+    compare.main(["lora", "--seeds", "0"])
+    assert len(runs) == 1
 
 
 def test_a_run_that_another_process_ends_meanwhile_is_kept_once(runs, monkeypatch, tmp_path):
