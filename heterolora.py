@@ -3,7 +3,7 @@
 The method of "Unlocking the Global Synergies in Low-Rank Adapters" (Zhang et al. 2024, arXiv
 2406.14956; below "the paper"). Official code: github.com/ZixiBenZhang/lora_global_synergies.
 
-An adapter adds a low-rank map dW to a frozen linear map W. Only its first r ranks are on:
+An adapter adds a low-rank map dW to a frozen linear map W. Of its r_max ranks the first r are on:
 
     y = W x + dW x,    dW = scale * B[:, :r] A[:r],    scale = alpha / r_max
 
@@ -125,11 +125,11 @@ class LoRAShortcut(Adapted):
 def inject(model, targets, shortcuts, rank, alpha, shortcut_alpha=None, seed=0, adapter=LoRA):
     """Put adapters into a model, in place, and freeze everything else: the paper's search space.
 
-    targets are the last parts of the names of nn.Linear modules ("q", "v"). shortcuts are those of
-    nn.Identity modules, as wide as model.config.hidden_size; one that returns None is a new
-    shortcut. Initial values depend on the seed, the module's name and its shape. Returns {module
-    name: adapter}, all on; the optimizer needs them all. Raises ValueError for a name that matches
-    nothing, a bad rank, or a second call.
+    targets are the last parts of the names of nn.Linear modules ("q", "v"), shortcuts those of the
+    names of nn.Identity modules, as wide as model.config.hidden_size: residual connections, or new
+    shortcuts if they return None. Initial values depend on seed, module's name and shape. Returns
+    {module name: adapter}, all on; the optimizer needs them all. Raises ValueError for a name that
+    matches nothing, a bad rank, or a second call.
     """
     modules = dict(model.named_modules())
     if any(isinstance(module, Adapted) for module in modules.values()):
@@ -212,7 +212,7 @@ def adapter_gradients(adapter, x, d):
     """Return the gradients of an adapter's trainable parameters, as if all its ranks were on.
 
     x (..., d_in) is an adapted map's input, d = dL/dy (..., d_out) the gradient of its output. With
-    G = dL/dW = d^T x (d_out, d_in), a sum over all tokens, those of a LoRA are
+    G = dL/dW = d^T x (d_out, d_in), a sum over all tokens, a LoRA has the gradients
     dL/dA = scale B^T G (r_max, d_in) and dL/dB = scale G A^T (d_out, r_max).
     """
     parameters = [p for p in adapter.parameters() if p.requires_grad]
@@ -225,7 +225,7 @@ def adapter_gradients(adapter, x, d):
 def recording(model, measure, sums):
     """Add measure(adapter, x, d), a list of tensors, to sums[adapter] in every backward pass.
 
-    Gives the list of the graph's edges at all y, for autograd.grad. It changes no value.
+    Gives a list that fills with the graph's edges at all y, for autograd.grad. No value changes.
     """
     outputs = []
 
@@ -239,7 +239,7 @@ def recording(model, measure, sums):
             y = torch.zeros_like(x)
         if not y.requires_grad:  # nothing below is trained: a leaf, so that backward comes here
             y = y.detach().requires_grad_()
-        y = y.clone()  # d is to be of y alone, and who comes next may change y in place
+        y = y.clone()  # y may be x itself, used elsewhere too; a leaf may not be changed in place
 
         def keep(d):
             """Add what x and d = dL/dy (..., d_out) give to the sums, in the backward pass."""
@@ -265,11 +265,11 @@ PROXIES = {}  # name -> function, see `proxy`; the paper's other one, SynFlow, i
 
 
 def proxy(name, measure=adapter_gradients):
-    """Register a function that scores modules: a number, higher = keep, or one for each rank.
+    """Register a function that scores modules: higher = keep; a number, or a list, one a rank.
 
-    @proxy(name): function(adapter, *gradients), means over batches, or over training steps, for the
-    adapter.parameters() that train. @proxy(name, measure): the same, but instead of gradients the
-    tensors in the list that measure(adapter, x, d) returns.
+    @proxy(name): function(adapter, *gradients), one for each of adapter.parameters() that trains,
+    each a mean over batches or training steps. @proxy(name, measure): the same, but instead of
+    gradients the tensors in the list that measure(adapter, x, d) returns.
     @proxy(name, None): function(model, adapters, batches, loss_fn) -> {name: score}.
     """
 
@@ -330,8 +330,6 @@ def greedy(scores, costs, budget, generator):
     totals = {}  # a list of scores counts as its sum
     for name, score in scores.items():
         totals[name] = sum(score) if isinstance(score, list) else score
-    if totals and not any(totals.values()):
-        warnings.warn("all scores are 0: a random draw. Is B = 0? Use another proxy", stacklevel=2)
     names = list(scores)
     names = [names[i] for i in torch.randperm(len(names), generator=generator)]
     ranks = dict.fromkeys(names, 0)
@@ -352,7 +350,7 @@ def in_eval_mode(model):
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.accelerator.device_count())):
             yield
     finally:
         for module, training in modes:
@@ -389,7 +387,7 @@ class HeteroLoRA:
         """Score on a list of batches, without dropout -> {module name: score}
 
         Without batches: score what training steps have recorded, and forget it. The model stays as
-        it was. Raises FloatingPointError if a score is not finite, ValueError if there is none.
+        it was. Raises FloatingPointError if a score is not finite, ValueError for nothing to score.
         """
         function = PROXIES[self.proxy]
         steps = self.recorded_steps if batches is None else len(batches)
@@ -416,6 +414,8 @@ class HeteroLoRA:
             if not score.isfinite().all():
                 raise FloatingPointError(f"proxy {self.proxy} gives {score.tolist()} for {name}")
             scores[name] = score.tolist()
+        if scores and not any(torch.as_tensor(score).any() for score in scores.values()):
+            warnings.warn("all scores are 0: a random draw. B = 0? Use another proxy", stacklevel=1)
         return scores
 
     @torch.no_grad()

@@ -117,7 +117,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x, f_before, mask):
-        """x (B, T, D), f_before (B, T, D) or None -> f and y, each (B, T, D)
+        """x (B, T, D), f_before (B, T, D) or None, mask (B, 1, 1, T) -> f and y, each (B, T, D)
 
         f is the input of the feed-forward part, f_before that of the layer before; y is the output.
         """
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, is_first=i == 0) for i in range(n))
         self.max_length = config.max_position_embeddings  # of a sequence, in tokens
         self.is_roberta = config.model_type == "roberta"
-        if self.is_roberta:  # counts from pad_token_id + 1, and gives padding pad_token_id
+        if self.is_roberta:  # positions count from pad_token_id + 1; padding has pad_token_id
             self.max_length -= config.pad_token_id + 1
 
     def positions(self, input_ids):

@@ -90,7 +90,7 @@ def parse_args(argv=None):
     add("--epochs", type=positive, help="by the task: 1 to 10")
     add("--max-steps", type=whole, help="end after so many steps")
     add("--batch-size", type=whole, help="32 with the built-in encoder, else 16")
-    add("--lr", type=positive, help="2e-3 built-in, else 1e-3; for full 3e-4, else 5e-5")
+    add("--lr", type=positive, help="2e-3 built-in, else 1e-3; full: 3e-4 built-in, else 5e-5")
     add("--seed", type=number(int, -1), default=0)
     add("--device", help="cpu, cuda, cuda:1 ... (cuda if there is one)")
     add("--precision", choices=PRECISIONS, help="of frozen weights (bfloat16 if that is fast)")
@@ -144,8 +144,8 @@ def build(args, num_labels):
     shortcuts = heterolora.SHORTCUTS if args.shortcuts == ["all"] else args.shortcuts
     try:
         kind = choose_kind(args, encoder, targets, shortcuts)
-        sizes = (args.rank, args.alpha, args.shortcut_alpha)
-        adapters = heterolora.inject(encoder, targets, shortcuts, *sizes, args.seed, kind)
+        settings = (args.rank, args.alpha, args.shortcut_alpha)
+        adapters = heterolora.inject(encoder, targets, shortcuts, *settings, args.seed, kind)
         check_what_trains(adapters)
     except InputError:
         raise
@@ -154,7 +154,7 @@ def build(args, num_labels):
     if not adapters:
         raise InputError("the search space is empty: give --targets or --shortcuts")
     default = "100%" if args.method == "lora" else "25%"
-    if isinstance(args.budget, int):  # the same for search spaces of any size
+    if isinstance(args.budget, int):  # from usual_rank or extras.compare; text has to fit as it is
         args.budget = str(min(args.budget, size(adapters)))
     args.budget = str(parse_budget(args.budget or default, size(adapters)))
     return tokenizer, model, adapters
@@ -173,7 +173,7 @@ def loss_fn(model, batch):
 
 @torch.inference_mode()
 def evaluate(model, split, metric):
-    """Evaluate on all examples of a split, without dropout -> {metric: value, ..., "loss": mean}"""
+    """Evaluate a split, without dropout -> {metric: value, ..., "loss": mean, "right": hex}"""
     was_training = model.training
     model.eval()
     predictions = [0] * len(split.labels)
@@ -358,8 +358,8 @@ def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, st
 def load_run(folder, model=None):
     """Load a finished run -> Classifier in eval mode, with adapters, tokenizer, labels and texts
 
-    It is on the CPU, with frozen weights in float32. model: its checkpoint, if that has moved.
-    Raises InputError.
+    texts: how many an example has. It is on the CPU, with frozen weights in float32. model: its
+    checkpoint, if that has moved. Raises InputError.
     """
     from extras.state import put_learned, read_learned
 

@@ -17,7 +17,7 @@ def price_of(costs, ranks):
 
 
 def costs_once(adapters):
-    """Return heterolora.rank_costs, but count what modules share with the first of them only."""
+    """Return heterolora.rank_costs, but what modules share counts in the first of them only."""
     costs = {}
     seen = set()
     for name, adapter in adapters.items():

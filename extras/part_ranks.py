@@ -18,9 +18,10 @@ from heterolora import active_blocks
 def hold_off_ranks(adapters):
     """Keep ranks that are off as they are, bit for bit: `with hold_off_ranks(adapters): step()`.
 
-    This is for allocators that buy single ranks. Where a part is on, the gradient of the rest is 0,
-    and momentum and weight decay would still move it. A module that is off as a whole has no
-    gradient, if `zero_grad` sets it to None, and optimizers skip it.
+    It is needed where a module is partly on: ranks that were bought singly, plain LoRA below r_max,
+    a joint warm-up. The gradient of the other ranks is 0, but momentum and weight decay would still
+    move them. A module that is off as a whole has no gradient, if `zero_grad` sets it to None, and
+    optimizers skip it.
     """
     before = {}
     for parameter, part in active_blocks(adapters).items():

@@ -53,10 +53,13 @@ def rank_pattern(
     """Score the linears of a model and buy ranks for the best -> Plan. The model stays as it was.
 
     batches are a few of the training data; loss_fn(model, batch) returns a scalar; budget is in
-    adapter parameters; targets are the last parts of the names of nn.Linear modules. A head without
-    training makes scores meaningless: train it first, alone. What the loss does not go through
-    comes last. Raises ValueError for a budget that buys nothing, for names that do not exist, and
-    where HeteroLoRA.score does.
+    adapter parameters; targets are the last parts of the names of nn.Linear modules. rank is the
+    most that a module can get: with `greedy` it gets all of it or nothing. For ranks in between
+    take proxy="spectral" and allocator="greedy-ranks". `snip`, `synflow`, `ablation` and `path`
+    are all 0 here, as B is 0: a random draw. Scores through a head that is not trained yet mean
+    little: train it first, alone. What the loss does not go through has the lowest score. Raises
+    ValueError for a budget that buys nothing and for names that do not exist, and what
+    HeteroLoRA.score does.
     """
     if type(budget) is not int or budget < 1:
         raise InputError(f"budget {budget!r:.40}: want a whole number of adapter parameters")
@@ -79,11 +82,12 @@ def rank_pattern(
             raise InputError(f"{error}: a part such as nn.MultiheadAttention {advice}") from None
     modules = {name: rank for name, rank in entry["ranks"].items() if rank > 0}
     if not modules:
-        prices = rank_costs(adapters).values()
+        prices = list(rank_costs(adapters).values())
         cheapest = min(prices, key=sum)
         raise InputError(
             f"budget {budget:,} buys nothing with {allocator}: the cheapest module costs "
-            f"{sum(cheapest):,} parameters, and {cheapest[0]:,} with one rank"
+            f"{sum(cheapest):,} parameters, {cheapest[0]:,} with one rank; one rank of all modules "
+            f"costs {sum(first for first, *_ in prices):,}"
         )
     on = {name: adapters[name] for name in modules}
     target_modules = exact_targets(model, list(modules))
@@ -101,7 +105,7 @@ def left_as_it_was(model):
     values = {buffer: buffer.clone() for buffer in model.buffers()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.accelerator.device_count())):
             yield
     finally:
         for module, children, buffers in before:
@@ -118,9 +122,9 @@ def left_as_it_was(model):
 def exact_targets(model, names):
     """Return PEFT's target_modules for these modules of a model and no others.
 
-    In a list PEFT also finds what ends with ".NAME". Only where that is another module is it a
-    regular expression: for mixtures of experts PEFT 0.21 cuts one down to the last parts of names,
-    and so finds these in every layer.
+    A list is right unless another module's name ends with ".NAME": PEFT would adapt that one too.
+    Then it is a regular expression. (Not always: for mixtures of experts PEFT 0.21 keeps only the
+    last parts of the names in a regular expression, and adapts these in every layer.)
     """
     endings = tuple(f".{name}" for name in names)
     for other, _ in model.named_modules():
@@ -137,8 +141,8 @@ def exact_patterns(adapters):
     ranks = {}
     alphas = {}
     for name, adapter in adapters.items():
-        # PEFT looks for KEY as "(.*\.)?(KEY)$", before 0.15 as ".*\.KEY$". The first branch matches
-        # nothing, and takes what PEFT writes before KEY to itself: so this is exact in both.
+        # PEFT looks for "(.*\.)?(KEY)$", before 0.15 for ".*\.KEY$". In the first, "^" leaves no
+        # room for a prefix. In the second, the empty branch takes ".*\." and matches no name.
         key = "^|^" + re.escape(name)
         ranks[key] = adapter.rank
         alphas[key] = adapter.scale * adapter.rank

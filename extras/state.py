@@ -229,7 +229,7 @@ def collect_learned(task, model, adapters):
         "adapters": {name: block.clone() for name, block in blocks_on(adapters).items()},
         "head": model.head.state_dict(),
         "labels": list(task.labels),
-        "texts": 1 if task.dev[0][1] is None else 2,
+        "texts": 1 if task.dev[0][1] is None else 2,  # in an example
     }
     if not adapters and next(model.encoder.parameters()).requires_grad:
         learned["encoder"] = model.encoder.state_dict()
@@ -255,7 +255,7 @@ def read_learned(folder):
 def put(tensors, parameters):
     """Copy {name: tensor} into the parameters of the same names. Raises ValueError."""
     if tensors.keys() != parameters.keys():
-        raise ValueError(f"it holds {len(tensors)} tensors; want {len(parameters)}")
+        raise ValueError("its tensors are not those of this run")
     for name, parameter in parameters.items():
         tensor = tensors[name]
         if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:

@@ -71,7 +71,7 @@ def mean_size(scores):
 def draws_for(args, purpose, repeat):
     """Return a torch.Generator for a purpose; every repeat has its own.
 
-    The first one's name has no number: a run without repeats is what it was before there were any.
+    Repeat 0 has the plain purpose: without --score-repeats a run draws what it did before the flag.
     """
     from train import generator  # here, as train imports this module
 

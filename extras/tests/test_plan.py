@@ -235,12 +235,19 @@ def test_a_plan_is_the_static_search_of_train_py(tmp_path):
     assert plan.scores == pytest.approx(entry["scores"], rel=1e-3)
 
 
+@pytest.mark.parametrize("allocator", ["greedy", "greedy-ranks", "breadth", "within-layer"])
+def test_a_warning_says_that_all_scores_are_zero_whatever_the_allocator(allocator):
+    with pytest.warns(UserWarning, match="all scores are 0: a random draw"):
+        rank_pattern(make_toy(), BATCHES, loss_fn, 500, ["q"], proxy="snip", allocator=allocator)
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
         ({"budget": "25%"}, "budget '25%': want a whole number of adapter parameters"),
         ({"budget": 0}, "budget 0: want a whole number"),
-        ({"budget": 31}, "the cheapest module costs 32 parameters, and 16 with one rank"),
+        ({"budget": 31}, "the cheapest module costs 32 parameters, 16 with one rank"),
+        ({"budget": 40, "allocator": "uniform"}, "one rank of all modules costs 48"),
         ({"targets": "q"}, "targets 'q': want a list of names"),
         ({"targets": []}, "want a list of names"),
         ({"targets": ["c_attn"]}, "the model has no 'c_attn'; it has: lm_head, q, up"),
