@@ -4,7 +4,7 @@
     python -m extras.export RUN --peft DIR     # LoRA beside the weights of the checkpoint
 
 With --pooling cls the head is that of Hugging Face's classifiers. They know no other pooling: with
-mean it comes apart, in head.safetensors (0.weight, 0.bias, then tanh, 3.weight, 3.bias).
+mean it is in a file beside, head.safetensors (0.weight, 0.bias, then tanh, 3.weight, 3.bias).
 """
 
 import argparse

@@ -8,6 +8,8 @@ import re
 import sys
 import warnings
 
+import torch
+
 from data import InputError
 
 
@@ -83,7 +85,7 @@ def command(main):
         except BrokenPipeError:  # who reads the output, such as `head`, has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except (InputError, OSError, FloatingPointError) as error:
+        except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
