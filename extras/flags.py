@@ -46,7 +46,7 @@ def names(text):
 
 def whole_number(text):
     """Turn "12000" or "12,000" into 12000, and any other text into None."""
-    if re.fullmatch(r"\d+|\d{1,3}(,\d{3})+", text):
+    if re.fullmatch(r"\d{1,15}|\d{1,3}(,\d{3}){1,4}", text):
         return int(text.replace(",", ""))
     return None
 
@@ -57,9 +57,9 @@ def parse_budget(text, most):
     A whole number counts parameters, also 1; a comma is allowed between thousands only.
     """
     budget = whole_number(text)
-    if re.fullmatch(r"\d+(\.\d+)?%", text):
+    if re.fullmatch(r"\d{1,3}(\.\d{1,15})?%", text):
         budget = math.floor(float(text[:-1]) / 100 * most + 1e-6)
-    if re.fullmatch(r"\d*\.\d+", text):
+    if re.fullmatch(r"\d{0,3}\.\d{1,15}", text):
         budget = math.floor(float(text) * most + 1e-6)
     if budget is None or budget > most:
         allowed = f"25% or 0.25, or a number up to {most:,} parameters"

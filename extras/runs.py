@@ -14,6 +14,7 @@ Without a folder (path None) a Run only prints.
 import argparse
 import contextlib
 import json
+import math
 import os
 import warnings
 
@@ -98,8 +99,11 @@ class Run:
         """Return the result of a finished run. Raises InputError."""
         if not os.path.isfile(self.path("adapters.pt")):
             warnings.warn(f"{self.folder}: adapters.pt is gone, so it cannot predict", stacklevel=2)
+        result = read_json(self.path("result.json"))
+        if type(result.get("last")) is not float or not math.isfinite(result["last"]):
+            raise InputError(f"{self.path('result.json')} is no result: its metric is no number")
         print(f"{self.folder} is finished: {self.path('result.json')}")
-        return read_json(self.path("result.json"))
+        return result
 
     def begin(self, args, model):
         """Print the command and the flags; save them, or on --resume compare the checkpoint."""

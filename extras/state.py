@@ -171,8 +171,11 @@ class State:
             if type(value) is not field.type:
                 raise ValueError(f"{field.name} is a {type(value).__name__}")
             setattr(self.progress, field.name, value)
-        if self.progress.step < 0 or not all(type(e) is dict for e in self.progress.evaluations):
+        evaluations = self.progress.evaluations
+        if self.progress.step < 0 or not all(type(e) is dict and "loss" in e for e in evaluations):
             raise ValueError("the counters are not those of a run")
+        if any(type(i) is not int or i < 0 for batch in self.progress.queue for i in batch):
+            raise ValueError("its batches are not made of examples")
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         put(state["trained"], trained)
         if state["ranks"].keys() != self.adapters.keys():
@@ -183,9 +186,13 @@ class State:
         if self.progress.step > 0 and not self.optimizer.state:
             raise ValueError("the optimizer's state is missing")
         for parameter, moments in self.optimizer.state.items():
+            if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError("the optimizer's state is that of another optimizer")
             for moment in moments.values():
                 if moment.dim() > 0 and moment.shape != parameter.shape:
                     raise ValueError("the optimizer's state is of another shape")
+                if not moment.isfinite().all():
+                    raise ValueError("the optimizer's state is not finite")
         self.schedule.last_epoch = self.progress.step
         factors = self.schedule.lr_lambdas
         for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
@@ -201,6 +208,10 @@ class State:
                 if entry["ranks"].keys() != self.adapters.keys():
                     raise ValueError("an allocation is of other modules")
                 heterolora.set_ranks(self.adapters, entry["ranks"])  # refuses what is no rank
+                if type(entry["step"]) is not int or type(entry["parameters"]) is not int:
+                    raise ValueError("an allocation lacks its step or its parameters")
+                if entry["scores"].keys() - self.adapters.keys():
+                    raise ValueError("the scores are of other modules")
             if state["ranks"] != saved["history"][-1]["ranks"]:
                 raise ValueError("the ranks are not those of the last allocation")
             self.search.history = list(saved["history"])

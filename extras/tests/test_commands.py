@@ -25,7 +25,7 @@ EXTRAS = pathlib.Path(__file__).parents[1]
 def run(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("runs") / "a")
     flags = ["--train-limit", "64", "--holdout", "0.25", "--max-steps", "2"]
-    flags += ["--precision", "float32", "--out", folder]
+    flags += ["--precision", "float32", "--device", "cpu", "--out", folder]
     assert train.main(flags) == 0
     return folder
 
@@ -40,7 +40,7 @@ def test_evaluate_gives_the_figures_of_the_run(run, capsys):
 def test_evaluate_takes_the_examples_that_the_run_held_out(tmp_path):
     folder = str(tmp_path / "a")
     flags = ["--train-limit", "200", "--holdout", "0.2", "--max-steps", "1", "--out", folder]
-    flags += ["--head-warmup", "8", "--precision", "float32"]
+    flags += ["--head-warmup", "8", "--precision", "float32", "--device", "cpu"]
     assert train.main(flags) == 0
     assert evaluate.evaluate_run(folder) == json.load(open(folder + "/result.json"))["dev"]
 
@@ -178,6 +178,12 @@ def test_a_command_that_is_stopped_says_so_in_one_line(capsys):
     with pytest.raises(SystemExit, match="130"):
         main([])
     assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize("budget", ["9" * 5000, "9" * 400 + "%", "0." + "9" * 400])
+def test_a_budget_of_very_many_digits_is_refused(budget):
+    with pytest.raises(InputError, match="want 25% or 0.25, or a number up to 1,000 parameters"):
+        train.parse_budget(budget, 1000)
 
 
 def test_a_batch_is_at_most_the_whole_training_set():

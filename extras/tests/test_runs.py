@@ -227,6 +227,17 @@ def test_a_finished_run_is_not_done_again_and_its_folder_not_overwritten(tmp_pat
     assert "holds a run" in capsys.readouterr().err
 
 
+def test_a_damaged_result_is_refused(tmp_path, capsys):
+    assert run("--method", "head", out=tmp_path) == 0
+    for text in ("", "{}", "[0.5]", '{"last": "0.5"}', '{"last": NaN}', '{"last": 0.5'):
+        (tmp_path / "result.json").write_text(text)
+        capsys.readouterr()
+        assert train.main(["--resume", str(tmp_path)]) == 2
+        output = capsys.readouterr()
+        assert "result.json" in output.err and output.err.count("\n") == 1
+        assert "is finished" not in output.out
+
+
 def test_resume_and_predict_say_the_same_of_a_finished_run_that_lost_what_it_learned(tmp_path):
     assert run("--method", "head", out=tmp_path) == 0
     os.remove(tmp_path / "adapters.pt")

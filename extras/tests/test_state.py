@@ -15,7 +15,15 @@ import train
 from data import InputError
 from extras.checkpoints import content_checksum
 from extras.runs import Run
-from extras.state import PLACES, Progress, State, run_checksum
+from extras.state import (
+    PLACES,
+    Progress,
+    State,
+    fitting,
+    put_learned,
+    read_learned,
+    run_checksum,
+)
 
 COMMON = ["--train-limit", "96", "--precision", "float32", "--max-steps", "4", "--batch-size", "16"]
 COMMON += ["--head-warmup", "8", "--holdout", "0.25"]
@@ -25,6 +33,10 @@ CASES = 300  # of damaged configs
 
 class Interrupted(Exception):
     pass
+
+
+def stop():
+    raise Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +77,12 @@ def edit(path, change):
     content = torch.load(path)
     change(content)
     torch.save(content, path)
+
+
+def seal(state):
+    """Give a state the checksum of what it holds now, as who makes one up can do."""
+    del state["checksum"]
+    state["checksum"] = content_checksum(state)
 
 
 def edit_config(folder, change):
@@ -203,12 +221,18 @@ def first_moments(state):
     return next(iter(state["optimizer"].values()))
 
 
-OLD_STATE_CHANGES = {
+WRONG_STATES = {
     "a negative step": lambda state: state["progress"].update(step=-1),
     "a step that is no number": lambda state: state["progress"].update(step="2"),
     "an evaluation that is no table": lambda state: state["progress"].update(evaluations=[3]),
+    "an empty evaluation": lambda state: state["progress"].update(evaluations=[{}]),
+    "a batch of no examples": lambda state: state["progress"]["queue"].append(["1"]),
+    "an allocation without a step": lambda state: state["search"]["history"][0].pop("step"),
+    "scores of others": lambda state: state["search"]["history"][0]["scores"].update(other=1.0),
+    "half of the moments": lambda state: first_moments(state).pop("exp_avg"),
     "no optimizer": lambda state: state["optimizer"].clear(),
     "moments of another shape": lambda state: first_moments(state).update(exp_avg=torch.ones(7, 7)),
+    "moments of nan": lambda state: first_moments(state)["exp_avg"].fill_(float("nan")),
     "ranks of other modules": lambda state: state["ranks"].update(other=1),
     "other ranks than chosen": lambda state: state.update(ranks=dict.fromkeys(state["ranks"], 0)),
     "an allocation of others": lambda state: state["search"]["history"][0]["ranks"].update(other=1),
@@ -216,11 +240,11 @@ OLD_STATE_CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", OLD_STATE_CHANGES)
-def test_a_state_without_a_checksum_is_checked_all_the_same(run, capsys, change):
+@pytest.mark.parametrize("change", WRONG_STATES)
+def test_a_state_whose_checksum_fits_is_checked_all_the_same(run, capsys, change):
     def edited(state):
-        OLD_STATE_CHANGES[change](state)
-        del state["checksum"]  # as in the state of an older run
+        WRONG_STATES[change](state)
+        seal(state)
 
     edit(run / "a" / "state.pt", edited)
     assert train.main(["--resume", str(run / "a")]) == 2
@@ -302,11 +326,51 @@ def changed(value):
                 yield [*value[:i], other, *value[i + 1 :]]
     elif isinstance(value, torch.Tensor):
         yield value + 1
-        yield value.view(torch.int16)  # the same bytes
+        if value.dim() > 0:
+            yield value.view(torch.int16)  # the same bytes
         yield value[None]
     else:
         yield repr(value)
         yield None
+
+
+def test_what_was_learned_with_any_value_changed_is_refused_or_fits_the_run(run):
+    path = run / "done" / "adapters.pt"
+    learned = torch.load(path)
+    model = train.load_run(run / "done")
+    others = random.Random(0).sample(list(changed(learned)), 100)
+    refused = 0
+    for other in others:
+        torch.save(other, path)
+        try:
+            put_learned(run / "done", read_learned(run / "done"), model.args, model, model.adapters)
+        except InputError as error:
+            assert str(error).isprintable()
+            refused += 1
+        for parameter in model.parameters():
+            assert parameter.isfinite().all()
+    assert len(others) / 2 < refused < len(others)
+
+
+def test_a_state_with_any_value_changed_is_refused_or_put_back(run, monkeypatch):
+    states = []
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(
+            State, "restore", lambda state, saved: states.append((state, saved)) or stop()
+        )
+        train.main(["--resume", str(run / "a")])
+    ((state, saved),) = states
+    refused = 0
+    for other in random.Random(0).sample(list(changed(saved)), CASES):
+        try:
+            with fitting("state.pt"):
+                state.restore(other)
+        except InputError as error:
+            assert str(error).isprintable()
+            refused += 1
+        for parameter in state.model.parameters():
+            assert parameter.isfinite().all()
+    assert CASES / 2 < refused < CASES
 
 
 def test_every_value_and_its_place_are_in_the_checksum_of_a_content():
@@ -319,11 +383,24 @@ def test_every_value_and_its_place_are_in_the_checksum_of_a_content():
     assert len({content_checksum(other) for other in others}) == len(others)
 
 
-def test_a_foreign_state_changes_no_file_outside_the_run(run, tmp_path):
+FOREIGN_NAMES = {
+    "a log": lambda state, victim: state["sizes"].update({victim: 0}),
+    "a counter": lambda state, victim: state["progress"].update(path=victim, folder=victim),
+    "a part": lambda state, victim: state.update(plain={"path": victim}, path=victim),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN_NAMES)
+def test_a_foreign_state_changes_no_file_outside_the_run(run, tmp_path, change):
     victim = tmp_path / "victim.txt"
     victim.write_text("precious")
-    edit(run / "a" / "state.pt", lambda state: state["sizes"].update({"../../victim.txt": 0}))
-    train.main(["--resume", str(run / "a")])
+
+    def edited(state):
+        FOREIGN_NAMES[change](state, "../../victim.txt")
+        seal(state)
+
+    edit(run / "a" / "state.pt", edited)
+    assert train.main(["--resume", str(run / "a")]) == 0  # it goes on: the name is not looked at
     assert victim.read_text() == "precious"
 
 

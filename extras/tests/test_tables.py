@@ -148,7 +148,8 @@ def test_a_run_on_your_own_data_says_what_is_held_out_and_answers_with_its_label
 
 @pytest.mark.skipif(not TASKS.is_dir(), reason="no tasks here")
 @pytest.mark.parametrize(
-    "name, classes, sizes", [("SICK", 3, (4500, 4927)), ("TREC", 6, (5452, 500))]
+    "name, classes, sizes",
+    [("SICK", 3, (4500, 4927)), ("TREC", 6, (5452, 500)), ("SUBJ", 2, (8000, 2000))],
 )
 def test_real_tasks_are_read_whole(name, classes, sizes):
     task = data.load_task(str(TASKS / name))
