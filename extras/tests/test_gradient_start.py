@@ -70,7 +70,7 @@ def test_the_gradient_is_that_after_the_warm_up_of_the_head():
     flags = ["--method", "lora", "--shortcuts", "none", "--train-limit", "128", "--rank", "1"]
     args = train.parse_args([*flags, "--probe-batches", "2", "--precision", "float32"])
     task, tokenizer, model, adapters = train.prepare(args)
-    split = data.Split(task.train, tokenizer, 32, "cpu")
+    split = data.Split(task.train, tokenizer, 32, model.head[0].weight.device)
     start_along_gradients(args, model, adapters, split)
     batches = split.sample(2, args.batch_size, train.generator(0, "first probing"))
     module = model.encoder.layers[1].v
@@ -97,7 +97,9 @@ def test_rows_have_the_norm_of_those_that_they_replace_after_any_warm_up(warm_up
     task, tokenizer, model, adapters = train.prepare(args)
     heterolora.set_ranks(adapters, dict.fromkeys(adapters, 2))
     before = {name: adapter.A.detach().clone() for name, adapter in adapters.items()}
-    start_along_gradients(args, model, adapters, data.Split(task.train, tokenizer, 32, "cpu"))
+    start_along_gradients(
+        args, model, adapters, data.Split(task.train, tokenizer, 32, model.head[0].weight.device)
+    )
     for name, adapter in adapters.items():
         assert not torch.allclose(adapter.A, before[name])
         torch.testing.assert_close(adapter.A.norm(dim=1), before[name].norm(dim=1))

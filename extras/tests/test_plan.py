@@ -220,7 +220,7 @@ def test_a_plan_is_the_static_search_of_train_py(tmp_path):
     args = train.parse_args([*flags, "--method", "head", "--seed", "3"])
     task, tokenizer, model, _ = train.prepare(args)
     model.eval()
-    split = Split(task.train, tokenizer, args.max_length, "cpu")
+    split = Split(task.train, tokenizer, args.max_length, model.head[0].weight.device)
     batches = split.sample(8, args.batch_size, train.generator(3, "first probing"))
     plan = rank_pattern(
         model.encoder,

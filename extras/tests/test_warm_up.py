@@ -18,7 +18,7 @@ from extras.warm_up import first_allocation, mean_scores, warmed_up
 def test_the_warm_up_trains_what_it_should_and_is_undone(flags, repeat):
     args = train.parse_args([*flags, "--train-limit", "64", "--precision", "float32"])
     task, tokenizer, model, adapters = train.prepare(args)
-    split = data.Split(task.train, tokenizer, 32, "cpu")
+    split = data.Split(task.train, tokenizer, 32, model.head[0].weight.device)
     before = copy.deepcopy(model.state_dict())
     with warmed_up(args, model, adapters, split, repeat):
         changed = {
@@ -48,7 +48,7 @@ def test_a_new_head_of_another_device_is_drawn_on_the_cpu():
 def test_without_a_warm_up_nothing_changes():
     args = train.parse_args(["--head-warmup", "0", "--train-limit", "64"])
     task, tokenizer, model, adapters = train.prepare(args)
-    split = data.Split(task.train, tokenizer, 32, "cpu")
+    split = data.Split(task.train, tokenizer, 32, model.head[0].weight.device)
     before = copy.deepcopy(model.state_dict())
     with warmed_up(args, model, adapters, split):
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -126,7 +126,7 @@ def a_search(*flags):
     search = heterolora.HeteroLoRA(
         model, adapters, int(args.budget), train.loss_fn, args.proxy, args.allocator, args.seed
     )
-    return args, search, data.Split(task.train, tokenizer, 32, "cpu")
+    return args, search, data.Split(task.train, tokenizer, 32, model.head[0].weight.device)
 
 
 def scores_after(args, search, split, repeat):
