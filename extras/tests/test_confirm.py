@@ -257,6 +257,19 @@ def test_the_results_hold_what_their_command_prints_and_draws(capsys, tmp_path):
             assert (tmp_path / "a.svg").read_bytes() == (DOCS / picture).read_bytes()
 
 
+def test_the_results_name_every_difference_that_is_near_a_finding_over_all_budgets(capsys):
+    confirm.main([str(DOCS / "protocol.jsonl.gz"), "--budget", "all"])
+    corrected = []
+    for line in capsys.readouterr().out.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if "[" in line and "n = 8" in line and float(cells[4].lstrip("<")) < 0.06:
+            corrected.append(cells[4])
+    text = (DOCS / "RESULTS.md").read_text(encoding="utf-8")
+    paragraph = text.partition("- **All budgets together.**")[2].partition("\n\n")[0]
+    assert len(corrected) > 4
+    assert sorted(re.findall(r"0\.\d{3}", paragraph)) == sorted(corrected)
+
+
 def test_the_table_of_the_readme_is_that_of_the_results():
     """The test above shows that the results hold what the commands print."""
     text = (DOCS / "RESULTS.md").read_text(encoding="utf-8")
