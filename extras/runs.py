@@ -14,7 +14,6 @@ Without a folder (path None) a Run only prints.
 import argparse
 import contextlib
 import json
-import math
 import os
 import warnings
 
@@ -100,8 +99,9 @@ class Run:
         if not os.path.isfile(self.path("adapters.pt")):
             warnings.warn(f"{self.folder}: adapters.pt is gone, so it cannot predict", stacklevel=2)
         result = read_json(self.path("result.json"))
-        if type(result.get("last")) is not float or not math.isfinite(result["last"]):
-            raise InputError(f"{self.path('result.json')} is no result: its metric is no number")
+        last = result.get("last")
+        if type(last) not in (int, float) or not -1 <= last <= 1:  # NaN is in no range
+            raise InputError(f"{self.path('result.json')} is no result: its metric is {last!r:.40}")
         print(f"{self.folder} is finished: {self.path('result.json')}")
         return result
 

@@ -229,7 +229,15 @@ def test_a_finished_run_is_not_done_again_and_its_folder_not_overwritten(tmp_pat
 
 def test_a_damaged_result_is_refused(tmp_path, capsys):
     assert run("--method", "head", out=tmp_path) == 0
-    for text in ("", "{}", "[0.5]", '{"last": "0.5"}', '{"last": NaN}', '{"last": 0.5'):
+    for text in (
+        "",
+        "{}",
+        "[0.5]",
+        '{"last": "0.5"}',
+        '{"last": NaN}',
+        '{"last": ' + "9" * 400 + "}",
+        '{"last": 0.5',
+    ):
         (tmp_path / "result.json").write_text(text)
         capsys.readouterr()
         assert train.main(["--resume", str(tmp_path)]) == 2
