@@ -334,6 +334,12 @@ def changed(value):
         yield None
 
 
+def forms(learned):
+    """Return {name: shape and type} of the tensors in what was learned."""
+    tensors = learned["adapters"] | learned["head"]
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
 def test_what_was_learned_with_any_value_changed_is_refused_or_fits_the_run(run):
     path = run / "done" / "adapters.pt"
     learned = torch.load(path)
@@ -347,6 +353,8 @@ def test_what_was_learned_with_any_value_changed_is_refused_or_fits_the_run(run)
         except InputError as error:
             assert str(error).isprintable()
             refused += 1
+        else:
+            assert forms(other) == forms(learned)
         for parameter in model.parameters():
             assert parameter.isfinite().all()
     assert len(others) / 2 < refused < len(others)
