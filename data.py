@@ -216,7 +216,7 @@ def batches(lengths, batch_size, generator=None):
 class Split:
     """The tokenized examples of one split. split[list of indices] is a batch on the device."""
 
-    def __init__(self, examples, tokenizer, max_length, device):
+    def __init__(self, examples, tokenizer, max_length, device, precision="float32"):
         self.encoded = []  # (input_ids, token_type_ids) of every example
         self.lengths = []
         self.labels = []
@@ -228,11 +228,12 @@ class Split:
         self.pad_id = tokenizer.pad_id
         self.max_length = max_length
         self.device = torch.device(device)
+        self.multiple = 8 if precision == "bfloat16" else 1  # 8: fewer shapes to prepare code for
 
     def __getitem__(self, indices):
         """Return (input_ids, attention_mask, token_type_ids), each (B, T), and labels (B,)."""
         longest = max(self.lengths[i] for i in indices)
-        T = min(math.ceil(longest / 8) * 8, self.max_length)  # fewer shapes to prepare code for
+        T = min(math.ceil(longest / self.multiple) * self.multiple, self.max_length)
         inputs = pad([self.encoded[i] for i in indices], self.pad_id, T)
         labels = torch.tensor([self.labels[i] for i in indices])
         is_cuda = self.device.type == "cuda"  # a copy to it may overlap the step before
@@ -241,8 +242,7 @@ class Split:
 
     def sample(self, count, batch_size, generator):
         """Return `count` random batches, drawn with replacement."""
-        size = (count * batch_size,)
-        drawn = torch.randint(len(self.labels), size, generator=generator).tolist()
+        drawn = torch.randint(len(self.labels), (count * batch_size,), generator=generator).tolist()
         lengths = [self.lengths[i] for i in drawn]
         sampled = []
         for chunk in batches(lengths, batch_size, generator):

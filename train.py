@@ -253,8 +253,8 @@ def train(args):
     sizes = f"{len(task.train):,} train, {len(task.dev):,} {task.dev_name}"
     run.log(f"data    {args.task}: {sizes}, classes {', '.join(task.labels)}")
     run.log(f"model   {len(adapters)} modules, {size(adapters):,} parameters, budget {budget:,}")
-    train_set = data.Split(task.train, tokenizer, args.max_length, device)
-    dev_set = data.Split(task.dev, tokenizer, args.max_length, device)
+    train_set = data.Split(task.train, tokenizer, args.max_length, device, args.precision)
+    dev_set = data.Split(task.dev, tokenizer, args.max_length, device, args.precision)
 
     steps_per_epoch = math.ceil(len(train_set.labels) / args.batch_size)
     total = max(1, min(math.ceil(args.epochs * steps_per_epoch - 1e-6), args.max_steps or math.inf))

@@ -67,7 +67,7 @@ def benchmark(args, steps):
     print(f"machine {processor_name()} | {device} | {torch.get_num_threads()} threads")
     print(f"model   {args.model} in {args.precision} | faster than plain: {swapped}", flush=True)
 
-    split = data.Split(task.train, tokenizer, args.max_length, device)
+    split = data.Split(task.train, tokenizer, args.max_length, device, args.precision)
     order = train.generator(args.seed, "data order")
     batches = data.batches(split.lengths, args.batch_size, order)
     samples = 0

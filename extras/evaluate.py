@@ -35,9 +35,10 @@ def evaluate_run(folder, task_name=None, data_dir=None, checkpoint=None):
             f"{folder} sorts {model.texts} text(s) into {', '.join(model.labels)}; "
             f"{name} has {texts} and {', '.join(task.labels)}"
         )
-    split = data.Split(task.dev, model.tokenizer, model.args.max_length, "cpu")
-    round_frozen(model.encoder, model.args.precision)  # as in training: the run's figures come out
-    accelerate(model, model.args.precision)
+    precision = model.args.precision  # as in training: the run's figures come out
+    split = data.Split(task.dev, model.tokenizer, model.args.max_length, "cpu", precision)
+    round_frozen(model.encoder, precision)
+    accelerate(model, precision)
     return train.evaluate(model, split, task.metric)
 
 

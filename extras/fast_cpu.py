@@ -2,9 +2,10 @@
 
 model.py says what is computed, this file computes it faster. Three parts of it are slow on a CPU:
 attention, whose fused kernel knows no dropout and is slow on short sequences; random numbers for
-dropout; and, on AMD processors in float32, nn.Linear. With precision "int8" frozen weights are
-multiplied in 8 bits: faster where there is no bfloat16, but rounded. On other devices than a CPU
-nothing changes.
+dropout; and, on AMD processors with AVX-512 in float32, nn.Linear. Most of the last layer is left
+out where the head reads the first token alone. With precision "int8" frozen weights are multiplied
+in 8 bits: faster where there is no bfloat16, but rounded. On other devices than a CPU nothing
+changes.
 """
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from model import Attention
+from model import Attention, Layer
 
 SHORT = 128  # tokens up to which attention written out is faster than the fused kernel
 LARGEST_INPUT = 127  # in 8 bits: an input becomes a whole number from -127 to 127
@@ -34,12 +35,13 @@ def has_onednn():
 def has_slow_linears():
     """Tell whether oneDNN, with a weight arranged for it, beats nn.Linear in float32 here.
 
-    nn.Linear calls MKL, which asks for the maker's name: on AMD it uses AVX2 and no AVX-512. So the
-    name decides here too. Measured with AVX-512 and kept to AVX2, oneDNN was faster on AMD and
-    slower on Intel: docs/NOTES.md. A stopwatch would not do: the choice, and with it the rounding,
-    could differ when a run is resumed.
+    nn.Linear calls MKL, which uses no AVX-512 on AMD processors; oneDNN does. Where both use the
+    same instructions, MKL was faster: docs/NOTES.md. This is not timed, as the answer, and with it
+    the rounding, could differ when a run is resumed.
     """
-    return "AMD" in processor_name() and has_onednn()
+    processor = torch.cpu.get_capabilities()
+    is_slow = "AMD" in processor_name() and processor.get("avx512_f", False)
+    return is_slow and has_onednn()
 
 
 def accelerate(model, precision="float32"):
@@ -64,6 +66,9 @@ def accelerate(model, precision="float32"):
         module.__class__ = fast_class
         if name not in swapped:
             swapped.append(name)
+    if getattr(model, "pooling", None) == "cls" and type(model.encoder.layers[-1]) is Layer:
+        model.encoder.layers[-1].__class__ = FirstTokenLayer
+        swapped.append("last layer")
     return ", ".join(sorted(swapped)) or "nothing"
 
 
@@ -216,13 +221,17 @@ class FastAttention(Attention):
     """Attention written out where that is faster: up to SHORT tokens, or with dropout."""
 
     def forward(self, q, k, v, mask):
-        """q, k, v (B, T, D) and mask (B, 1, 1, T), True for real tokens -> (B, T, D)"""
-        B, T, D = q.shape
+        """q (B, Q, D), k, v (B, T, D), mask (B, 1, 1, T), True for real tokens -> (B, Q, D)
+
+        Q is T, or 1 in FirstTokenLayer.
+        """
+        B, Q, D = q.shape
+        T = k.shape[1]
         p = self.dropout if self.training else 0.0
-        if q.device.type != "cpu" or (p == 0 and T > SHORT):
+        if q.device.type != "cpu" or (p == 0 and Q > SHORT):
             return super().forward(q, k, v, mask)
         width = D // self.heads
-        q = q.view(B, T, self.heads, width).transpose(1, 2)  # (B, H, T, D/H)
+        q = q.view(B, Q, self.heads, width).transpose(1, 2)  # (B, H, Q, D/H)
         k = k.view(B, T, self.heads, width).transpose(1, 2)  # (B, H, T, D/H)
         v = v.view(B, T, self.heads, width).transpose(1, 2)  # (B, H, T, D/H)
 
@@ -231,9 +240,25 @@ class FastAttention(Attention):
         wide = torch.promote_types(q.dtype, torch.float32)
         bias = (1 - mask.to(wide)) * torch.finfo(wide).min  # (B, 1, 1, T)
         q = q * width**-0.5
-        scores = q @ k.transpose(2, 3) + bias  # (B, H, T, T)
+        scores = q @ k.transpose(2, 3) + bias  # (B, H, Q, T)
         weights = scores.softmax(-1).to(v.dtype)
         if p > 0:
             weights = dropout(weights, p)
-        y = weights @ v  # (B, H, T, D/H)
-        return y.transpose(1, 2).reshape(B, T, D)
+        y = weights @ v  # (B, H, Q, D/H)
+        return y.transpose(1, 2).reshape(B, Q, D)
+
+
+class FirstTokenLayer(Layer):
+    """The last layer, where the head reads the first token alone: the others are keys and values.
+
+    In evaluation it computes all tokens, as some scores read their inputs (extras/alignment.py).
+    """
+
+    def forward(self, x, f_before, mask):
+        """The arguments of Layer.forward -> f and y, of the first token: each (B, 1, D)"""
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x, f_before, mask)
+        first = x[:, :1]  # (B, 1, D)
+        attended = self.attention(self.q(first), self.k(x), self.v(x), mask)  # (B, 1, D)
+        f_before = None if f_before is None else f_before[:, :1]
+        return self.after_attention(first, f_before, attended)

@@ -37,6 +37,19 @@ def test_evaluate_gives_the_figures_of_the_run(run, capsys):
     assert evaluate.evaluate_run(run) == result["dev"]
 
 
+def test_evaluate_makes_batches_as_the_run_did(run, monkeypatch):
+    made = []
+    make_split = data.Split
+
+    def note(examples, tokenizer, max_length, device, precision):
+        made.append((max_length, precision))
+        return make_split(examples, tokenizer, max_length, device, precision)
+
+    monkeypatch.setattr(data, "Split", note)
+    evaluate.evaluate_run(run)
+    assert made == [(128, "float32")]
+
+
 def test_evaluate_takes_the_examples_that_the_run_held_out(tmp_path):
     folder = str(tmp_path / "a")
     flags = ["--train-limit", "200", "--holdout", "0.2", "--max-steps", "1", "--out", folder]

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from data import InputError
+from data import InputError, Split
 from extras import benchmark, devices, evaluate, fast_cpu
 from heterolora import SHORTCUTS, TARGETS, LoRALinear, inject
 from model import Classifier, Encoder, EncoderConfig
@@ -48,10 +48,15 @@ def linears_are_slow(request, monkeypatch):
     return request.param
 
 
-def make_model(config=CONFIG):
+WITHOUT_DROPOUT = dataclasses.replace(
+    CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+)
+
+
+def make_model(config=CONFIG, pooling="mean", shortcuts=SHORTCUTS):
     torch.manual_seed(0)
-    model = Classifier(Encoder(config), 3)
-    adapters = inject(model, TARGETS, SHORTCUTS, rank=2, alpha=4, shortcut_alpha=1)
+    model = Classifier(Encoder(config), 3, pooling)
+    adapters = inject(model, TARGETS, shortcuts, rank=2, alpha=4, shortcut_alpha=1)
     for adapter in adapters.values():
         adapter.B.data.normal_(std=0.3)
     return model.eval()
@@ -77,11 +82,46 @@ def test_the_loss_and_all_gradients_are_those_of_the_plain_model(linears_are_slo
 
 
 def test_without_dropout_training_is_the_same_on_long_and_short_sequences(linears_are_slow):
-    config = dataclasses.replace(CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = make_model(config).train()
+    model = make_model(WITHOUT_DROPOUT).train()
     plain = loss_and_gradients(model, 150)
     fast_cpu.accelerate(model)
     torch.testing.assert_close(loss_and_gradients(model, 150), plain, rtol=1e-4, atol=1e-6)
+
+
+def tokens_that_linears_read(model):
+    """Return how many tokens of sentences of 6 the linears q and fc1 of each layer read."""
+    seen = []
+
+    def see(linear, inputs, y):
+        seen.append(inputs[0].shape[1])
+
+    hooks = []
+    for layer in model.encoder.layers:
+        hooks += [linear.register_forward_hook(see) for linear in (layer.q, layer.fc1)]
+    loss_and_gradients(model, 6)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("T", [2, 6, 150])
+def test_where_the_head_reads_the_first_token_the_last_layer_computes_no_other(layers, T):
+    config = dataclasses.replace(WITHOUT_DROPOUT, num_hidden_layers=layers)
+    shortcuts = SHORTCUTS if layers == 2 else SHORTCUTS[:2]  # a first layer has no shortcut_ffn
+    model = make_model(config, "cls", shortcuts).train()
+    plain = loss_and_gradients(model, T)
+    assert fast_cpu.accelerate(model).endswith("last layer")
+    torch.testing.assert_close(loss_and_gradients(model, T), plain, rtol=1e-4, atol=1e-6)
+    assert tokens_that_linears_read(model) == [6, 6] * (layers - 1) + [1, 1]
+    assert tokens_that_linears_read(model.eval()) == [6, 6] * layers  # scores may read all inputs
+
+
+def test_on_another_device_the_last_layer_computes_all_tokens():
+    layer = fast_cpu.FirstTokenLayer(CONFIG, is_first=True).to("meta")
+    mask = torch.ones(2, 1, 1, 6, dtype=torch.bool, device="meta")
+    f, y = layer(torch.ones(2, 6, 8, device="meta"), None, mask)
+    assert f.shape == y.shape == (2, 6, 8)
 
 
 def test_it_says_what_it_swapped(linears_are_slow):
@@ -90,14 +130,21 @@ def test_it_says_what_it_swapped(linears_are_slow):
     assert fast_cpu.accelerate(model) == "attention, dropout" + linears
     assert fast_cpu.accelerate(model) == "nothing"
     assert fast_cpu.accelerate(make_model(), "bfloat16") == "attention, dropout"
+    assert fast_cpu.accelerate(make_model(pooling="cls"), "bfloat16") == (
+        "attention, dropout, last layer"
+    )
     assert type(model.head[0]) is nn.Linear
     assert type(model.head[2]) is nn.Dropout
 
 
 @needs_onednn
-@pytest.mark.parametrize("name, is_slow", [("AMD EPYC", True), ("Intel Xeon", False)])
-def test_linears_are_slow_on_amd_processors(monkeypatch, name, is_slow):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: CAPABILITIES | {"cpu_name": name})
+@pytest.mark.parametrize(
+    "name, has_avx512, is_slow",
+    [("AMD EPYC", True, True), ("AMD EPYC", False, False), ("Intel Xeon", True, False)],
+)
+def test_linears_are_slow_on_amd_processors_with_avx512(monkeypatch, name, has_avx512, is_slow):
+    said = CAPABILITIES | {"cpu_name": name, "avx512_f": has_avx512}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: said)
     assert fast_cpu.has_slow_linears() == is_slow
 
 
@@ -367,6 +414,23 @@ def test_a_run_in_8_bits_is_evaluated_as_it_was_trained(tmp_path, capsys):
     values = evaluate.evaluate_run(tmp_path / "a")
     assert values["loss"] == result["dev"]["loss"]
     assert "frozen linears in 8 bits" in capsys.readouterr().out
+
+
+class Letters:
+    """A tokenizer that makes a token of every letter."""
+
+    pad_id = 0
+
+    def encode(self, text, pair, max_length):
+        return [ord(letter) for letter in text[:max_length]], [0] * min(len(text), max_length)
+
+
+@pytest.mark.parametrize("precision, lengths", [("float32", [3, 9, 12]), ("bfloat16", [8, 12, 12])])
+def test_a_batch_is_as_long_as_its_longest_text_in_bfloat16_rounded_up(precision, lengths):
+    texts = ["abc", "a" * 9, "a" * 99]
+    examples = [(text, None, 0) for text in texts]
+    split = Split(examples, Letters(), 12, "cpu", precision)
+    assert [split[[0, i]][0][0].shape[1] for i in range(3)] == lengths
 
 
 def test_the_benchmark_prints_every_way_and_the_share_of_the_search(capsys):
