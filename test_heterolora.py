@@ -755,9 +755,9 @@ def test_any_other_budget_is_refused_with_what_is_allowed(text):
 
 def run(*flags, out=None):
     """Run train.main on a few examples of the built-in task, a quarter held out -> exit status"""
-    common = ["--train-limit", "96", "--holdout", "0.25", "--max-steps", "6"]
+    common = ["--train-limit", "64", "--holdout", "0.25", "--max-steps", "6"]
     common += ["--precision", "float32", "--head-warmup", "8", "--probe-batches", "2"]
-    common += ["--batch-size", "12"]
+    common += ["--batch-size", "8"]
     return train.main([*common, *flags, *(["--out", str(out)] if out else [])])
 
 

@@ -124,11 +124,12 @@ def rows_of_tasks(runs, names, tasks=TASKS, lr=None, budget=BUDGET):
     """
     rows = {}
     for task in tasks:
-        at_budget = [run for name in names for run in runs_of(runs, name, task=task, budget=budget)]
+        of_task = [run for run in runs if run.flags["task"] == task]
+        at_budget = [run for name in names for run in runs_of(of_task, name, budget=budget)]
         if at_budget or budget == BUDGET:
-            tuned = [run for name in names for run in runs_of(runs, name, task=task, budget=BUDGET)]
+            tuned = [run for name in names for run in runs_of(of_task, name, budget=BUDGET)]
             check_same(at_budget + tuned, task)
-            rows[task] = {name: row_of(runs, name, task, lr, budget) for name in names}
+            rows[task] = {name: row_of(of_task, name, task, lr, budget) for name in names}
     if not rows:
         raise InputError(f"no run of the protocol has --budget {budget}")
     return rows

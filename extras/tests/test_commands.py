@@ -24,7 +24,7 @@ EXTRAS = pathlib.Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("runs") / "a")
-    flags = ["--train-limit", "64", "--holdout", "0.25", "--max-steps", "2"]
+    flags = ["--train-limit", "64", "--holdout", "0.25", "--max-steps", "2", "--head-warmup", "8"]
     flags += ["--precision", "float32", "--device", "cpu", "--out", folder]
     assert train.main(flags) == 0
     return folder

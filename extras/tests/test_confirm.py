@@ -212,6 +212,8 @@ def test_tasks_of_your_own_are_shown_and_judge_nothing(tuning, judge):
     assert "SICK" not in text and "beats both" not in text
 
 
+@pytest.mark.usefixtures("files_are_read_once")
+@pytest.mark.usefixtures("files_are_read_once")
 @pytest.mark.parametrize(
     "flags, message",
     [

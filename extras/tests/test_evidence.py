@@ -325,6 +325,7 @@ def test_a_file_that_is_missing_empty_or_truncated_is_refused(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("files_are_read_once")
 @pytest.mark.parametrize("document", ["RESULTS.md", "RESULTS-v0.1.md"])
 def test_the_commands_of_the_results_print_the_tables_beside_them(capsys, document):
     text = (DOCS / document).read_text(encoding="utf-8")
@@ -336,6 +337,7 @@ def test_the_commands_of_the_results_print_the_tables_beside_them(capsys, docume
         assert f"\n\n{capsys.readouterr().out}\n" in text, command
 
 
+@pytest.mark.usefixtures("files_are_read_once")
 @pytest.mark.parametrize(
     "task, budget, processor",
     [

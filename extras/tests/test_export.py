@@ -202,8 +202,8 @@ def test_transformers_and_peft_compute_what_the_run_computes(tmp_path, monkeypat
 
 def test_a_run_of_train_py_is_exported(tmp_path):
     run, merge, adapter = str(tmp_path / "run"), str(tmp_path / "merge"), str(tmp_path / "peft")
-    flags = "--task acceptability --train-limit 32 --max-steps 3 --head-warmup 1 --lr 0.1"
-    flags += " --shortcuts none --precision float32 --out"
+    flags = "--task acceptability --train-limit 32 --holdout 0.5 --max-steps 3 --head-warmup 1"
+    flags += " --lr 0.1 --shortcuts none --precision float32 --out"
     assert export.train.main([*flags.split(), run]) == 0
     export.main([run, "--merge", merge, "--peft", adapter])
     merged = checkpoints.load_encoder(merge).eval()

@@ -410,6 +410,7 @@ def test_8_bits_are_refused_where_the_device_cannot(monkeypatch):
 @needs_onednn
 def test_a_run_in_8_bits_is_evaluated_as_it_was_trained(tmp_path, capsys):
     flags = "--device cpu --precision int8 --train-limit 64 --holdout 0.5 --max-steps 3"
+    flags += " --head-warmup 4"
     result = train.train(train.parse_args([*flags.split(), "--out", str(tmp_path / "a")]))
     values = evaluate.evaluate_run(tmp_path / "a")
     assert values["loss"] == result["dev"]["loss"]

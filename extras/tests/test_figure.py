@@ -117,6 +117,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys):
         assert not (tmp_path / "a.svg").exists()
 
 
+@pytest.mark.usefixtures("files_are_read_once")
 def test_the_pictures_of_the_documents_are_those_that_their_commands_draw(tmp_path):
     texts = [path.read_text(encoding="utf-8") for path in DOCS.glob("RESULTS*.md")]
     text = "\n".join(texts).replace("\\\n", "")

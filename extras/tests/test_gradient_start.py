@@ -67,7 +67,8 @@ def test_a_run_starts_from_other_values_with_it(tmp_path, method):
 
 
 def test_the_gradient_is_that_after_the_warm_up_of_the_head():
-    flags = ["--method", "lora", "--shortcuts", "none", "--train-limit", "128", "--rank", "1"]
+    flags = ["--method", "lora", "--shortcuts", "none", "--train-limit", "32", "--rank", "1"]
+    flags += ["--head-warmup", "20"]
     args = train.parse_args([*flags, "--probe-batches", "2", "--precision", "float32"])
     task, tokenizer, model, adapters = train.prepare(args)
     split = data.Split(task.train, tokenizer, 32, model.head[0].weight.device)
@@ -90,9 +91,11 @@ def test_a_method_without_adapters_or_warm_up_has_nothing_to_start(capsys, metho
     assert f"--method {method} has no {lack}: leave --init out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("warm_up", [["--warmup-steps", "20", "--lr", "0.05"], []])
+@pytest.mark.parametrize(
+    "warm_up", [["--warmup-steps", "9", "--lr", "0.05"], ["--head-warmup", "9"]]
+)
 def test_rows_have_the_norm_of_those_that_they_replace_after_any_warm_up(warm_up):
-    flags = ["--method", "lora", "--shortcuts", "none", "--train-limit", "128", "--rank", "2"]
+    flags = ["--method", "lora", "--shortcuts", "none", "--train-limit", "32", "--rank", "2"]
     args = train.parse_args([*flags, *warm_up, "--precision", "float32"])
     task, tokenizer, model, adapters = train.prepare(args)
     heterolora.set_ranks(adapters, dict.fromkeys(adapters, 2))

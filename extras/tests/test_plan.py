@@ -211,7 +211,7 @@ def test_the_seed_breaks_ties():
 
 
 def test_a_plan_is_the_static_search_of_train_py(tmp_path):
-    flags = "--shortcuts none --train-limit 64 --precision float32".split()
+    flags = "--shortcuts none --train-limit 64 --holdout 0.5 --precision float32".split()
     static = "--method static --head-warmup 0 --max-steps 1 --budget 4096 --seed 3 --out".split()
     assert train.main([*flags, *static, str(tmp_path / "run")]) == 0
     lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()

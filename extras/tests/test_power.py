@@ -59,6 +59,7 @@ def test_p_is_corrected_for_the_rules_and_only_one_has_the_gain():
     assert not won(0.92, spreads=(1, 0.01, 1, 0.01))  # were the other better, p were not doubled
 
 
+@pytest.mark.usefixtures("files_are_read_once")
 def test_the_results_hold_what_the_command_prints(capsys):
     power.main([str(DOCS / "protocol.jsonl.gz")])
     assert f"\n\n{capsys.readouterr().out}\n" in (DOCS / "RESULTS.md").read_text(encoding="utf-8")

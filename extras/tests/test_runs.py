@@ -53,7 +53,7 @@ def test_the_log_begins_before_the_texts_are_tokenized_and_ctrl_c_there_can_be_r
         patch.setattr(data, "Split", stop)
         assert run(out=tmp_path / "a") == 130
     output = capsys.readouterr()
-    assert "data    paraphrase: 72 train, 24 held out, classes 0, 1\n" in output.out
+    assert "data    paraphrase: 48 train, 16 held out, classes 0, 1\n" in output.out
     assert "go on with: python train.py --resume" in output.err
     assert train.main(["--resume", str(tmp_path / "a")]) == 0
 
@@ -210,7 +210,7 @@ def run_whole_and_cut(tmp_path, monkeypatch, flags):
 )
 def test_an_interrupted_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, flags):
     model = copy_builtin(tmp_path / "model", hidden_dropout_prob=0.1)
-    flags = [*flags, "--max-steps", "8", "--model", model, "--batch-size", "32"]
+    flags = [*flags, "--max-steps", "8", "--model", model, "--batch-size", "16"]
     whole, cut = run_whole_and_cut(tmp_path, monkeypatch, flags)
     assert whole["ranks"] == cut["ranks"]
     torch.testing.assert_close(whole["adapters"], cut["adapters"], rtol=0, atol=0)
