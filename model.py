@@ -121,13 +121,16 @@ class Layer(nn.Module):
 
         f is the input of the feed-forward part, f_before that of the layer before; y is the output.
         """
-        attended = self.attention(self.q(x), self.k(x), self.v(x), mask)
+        attended = self.o(self.attention(self.q(x), self.k(x), self.v(x), mask))
         return self.after_attention(x, f_before, attended)
 
     def after_attention(self, x, f_before, attended):
-        """All arguments (B, T, D), f_before may be None -> f and y, each (B, T, D)"""
+        """Do the rest of the layer -> f and y. attended (B, T, D): the attention part's output.
+
+        It is apart so that extras/fast_cpu.py can do it for one token alone.
+        """
         from_before = self.shortcut_ffn(f_before) if self.shortcut_ffn is not None else None
-        f = self.ln1(add(self.residual_attn(x), self.dropout(self.o(attended)), from_before))
+        f = self.ln1(add(self.residual_attn(x), self.dropout(attended), from_before))
 
         fed_forward = self.fc2(self.activation(self.fc1(f)))  # (B, T, D) -> (B, T, F) -> (B, T, D)
         y = self.ln2(add(self.residual_ffn(f), self.dropout(fed_forward), self.shortcut_attn(x)))

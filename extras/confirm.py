@@ -124,7 +124,7 @@ def rows_of_tasks(runs, names, tasks=TASKS, lr=None, budget=BUDGET):
     """
     rows = {}
     for task in tasks:
-        of_task = [run for run in runs if run.flags["task"] == task]
+        of_task = [run for run in runs if run.flags["task"] == task]  # they are searched often
         at_budget = [run for name in names for run in runs_of(of_task, name, budget=budget)]
         if at_budget or budget == BUDGET:
             tuned = [run for name in names for run in runs_of(of_task, name, budget=BUDGET)]

@@ -35,7 +35,8 @@ def evaluate_run(folder, task_name=None, data_dir=None, checkpoint=None):
             f"{folder} sorts {model.texts} text(s) into {', '.join(model.labels)}; "
             f"{name} has {texts} and {', '.join(task.labels)}"
         )
-    precision = model.args.precision  # as in training: the run's figures come out
+    # Batches and rounding as in training, so that the run's figures come out again.
+    precision = model.args.precision
     split = data.Split(task.dev, model.tokenizer, model.args.max_length, "cpu", precision)
     round_frozen(model.encoder, precision)
     accelerate(model, precision)

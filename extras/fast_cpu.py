@@ -2,10 +2,10 @@
 
 model.py says what is computed, this file computes it faster. Three parts of it are slow on a CPU:
 attention, whose fused kernel knows no dropout and is slow on short sequences; random numbers for
-dropout; and, on AMD processors with AVX-512 in float32, nn.Linear. Most of the last layer is left
-out where the head reads the first token alone. With precision "int8" frozen weights are multiplied
-in 8 bits: faster where there is no bfloat16, but rounded. On other devices than a CPU nothing
-changes.
+dropout; and, in float32 on AMD processors with AVX-512, nn.Linear. One part is not needed: with
+--pooling cls the head reads only the first token, so in training the last layer computes only that
+one. With precision "int8" frozen weights are multiplied in 8 bits: faster where there is no
+bfloat16, but rounded. On other devices than a CPU nothing changes.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from model import Attention, Layer
 
-SHORT = 128  # tokens up to which attention written out is faster than the fused kernel
+SHORT = 128  # queries up to which attention written out is faster than the fused kernel
 LARGEST_INPUT = 127  # in 8 bits: an input becomes a whole number from -127 to 127
 LARGEST_WEIGHT = 63  # in 7 bits: AVX2 adds two products in 16 bits, where 8 bits would overflow
 ZERO = 128  # added to every rounded input, as oneDNN wants them without a sign
@@ -35,13 +35,12 @@ def has_onednn():
 def has_slow_linears():
     """Tell whether oneDNN, with a weight arranged for it, beats nn.Linear in float32 here.
 
-    nn.Linear calls MKL, which uses no AVX-512 on AMD processors; oneDNN does. Where both use the
-    same instructions, MKL was faster: docs/NOTES.md. This is not timed, as the answer, and with it
-    the rounding, could differ when a run is resumed.
+    nn.Linear calls MKL, which uses no AVX-512 on AMD processors; oneDNN does. On AMD processors
+    with AVX2 but no AVX-512, and on Intel's, MKL was faster: docs/NOTES.md. It is not found by
+    timing: when a run is resumed, the answer, and with it the rounding, could differ.
     """
-    processor = torch.cpu.get_capabilities()
-    is_slow = "AMD" in processor_name() and processor.get("avx512_f", False)
-    return is_slow and has_onednn()
+    has_avx512 = torch.cpu.get_capabilities().get("avx512_f", False)
+    return "AMD" in processor_name() and has_avx512 and has_onednn()
 
 
 def accelerate(model, precision="float32"):
@@ -49,7 +48,8 @@ def accelerate(model, precision="float32"):
 
     Names, parameters and what isinstance says of a module stay, so this can come before or after
     heterolora.inject. The head stays as it is. Returns the names of what was swapped. With
-    precision "int8", which needs has_onednn(), linears become Int8Linear.
+    precision "int8", which needs has_onednn(), linears become Int8Linear. With pooling "cls" the
+    encoder gives the first token only while it trains: do not change the pooling afterwards.
     """
     fast = {}  # class -> what to call it, and the class that replaces it
     fast[Attention] = ("attention", FastAttention)
@@ -66,9 +66,11 @@ def accelerate(model, precision="float32"):
         module.__class__ = fast_class
         if name not in swapped:
             swapped.append(name)
-    if getattr(model, "pooling", None) == "cls" and type(model.encoder.layers[-1]) is Layer:
-        model.encoder.layers[-1].__class__ = FirstTokenLayer
-        swapped.append("last layer")
+    if getattr(model, "pooling", None) == "cls":  # an Encoder has none
+        last = model.encoder.layers[-1]
+        if type(last) is Layer:
+            last.__class__ = FirstTokenLayer
+            swapped.append("last layer")
     return ", ".join(sorted(swapped)) or "nothing"
 
 
@@ -223,7 +225,7 @@ class FastAttention(Attention):
     def forward(self, q, k, v, mask):
         """q (B, Q, D), k, v (B, T, D), mask (B, 1, 1, T), True for real tokens -> (B, Q, D)
 
-        Q is T, or 1 in FirstTokenLayer.
+        Q queries: all T tokens, or only the first one.
         """
         B, Q, D = q.shape
         T = k.shape[1]
@@ -249,16 +251,18 @@ class FastAttention(Attention):
 
 
 class FirstTokenLayer(Layer):
-    """The last layer, where the head reads the first token alone: the others are keys and values.
+    """The last layer, when the head reads only the first token.
 
-    In evaluation it computes all tokens, as some scores read their inputs (extras/alignment.py).
+    In training it computes the output of that token only; the others serve as keys and values.
+    Gradients stay the same, as those of the other tokens' outputs are 0. In evaluation mode it
+    computes all tokens: a score such as alignment reads the inputs of all.
     """
 
     def forward(self, x, f_before, mask):
         """The arguments of Layer.forward -> f and y, of the first token: each (B, 1, D)"""
-        if not self.training or x.device.type != "cpu":
+        if not self.training or x.device.type != "cpu":  # FastAttention is for CPUs, too
             return super().forward(x, f_before, mask)
         first = x[:, :1]  # (B, 1, D)
-        attended = self.attention(self.q(first), self.k(x), self.v(x), mask)  # (B, 1, D)
+        attended = self.o(self.attention(self.q(first), self.k(x), self.v(x), mask))  # (B, 1, D)
         f_before = None if f_before is None else f_before[:, :1]
         return self.after_attention(first, f_before, attended)

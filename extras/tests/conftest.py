@@ -12,6 +12,6 @@ read_once = functools.cache(read_runs)
 
 @pytest.fixture
 def files_are_read_once(monkeypatch):
-    """Let commands read every file of runs once, in all tests together: there are many commands."""
+    """Read each file of runs once for all tests that use this, as reading is slow."""
     for command in (confirm, evidence, figure, power):
         monkeypatch.setattr(command, "read_runs", read_once)

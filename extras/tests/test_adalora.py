@@ -219,7 +219,7 @@ def test_a_run_says_what_it_trained_and_resumes_as_if_it_had_not_stopped(tmp_pat
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert 2500 < result["params_active"] <= 3000
     assert 4500 <= result["params_ever_trained"] <= 6200
-    interrupt_after(4, monkeypatch)
+    interrupt_after(5, monkeypatch)
     assert train.main([*flags, "--out", str(tmp_path / "b")]) == 130
     monkeypatch.undo()
     assert train.main(["--resume", str(tmp_path / "b")]) == 0

@@ -45,9 +45,12 @@ def test_evaluate_makes_batches_as_the_run_did(run, monkeypatch):
         made.append((max_length, precision))
         return make_split(examples, tokenizer, max_length, device, precision)
 
+    model = train.load_run(run)
+    model.args.precision = "bfloat16"
+    monkeypatch.setattr(train, "load_run", lambda *arguments: model)
     monkeypatch.setattr(data, "Split", note)
     evaluate.evaluate_run(run)
-    assert made == [(128, "float32")]
+    assert made == [(128, "bfloat16")]
 
 
 def test_evaluate_takes_the_examples_that_the_run_held_out(tmp_path):

@@ -15,10 +15,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data
 import train
 from data import InputError, Split
 from extras import benchmark, devices, evaluate, fast_cpu
-from heterolora import SHORTCUTS, TARGETS, LoRALinear, inject
+from heterolora import SHORTCUTS, TARGETS, Adapted, HeteroLoRA, LoRALinear, inject
 from model import Classifier, Encoder, EncoderConfig
 
 CONFIG = EncoderConfig(
@@ -106,7 +107,9 @@ def tokens_that_linears_read(model):
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("T", [2, 6, 150])
-def test_where_the_head_reads_the_first_token_the_last_layer_computes_no_other(layers, T):
+def test_where_the_head_reads_the_first_token_the_last_layer_computes_no_other(
+    linears_are_slow, layers, T
+):
     config = dataclasses.replace(WITHOUT_DROPOUT, num_hidden_layers=layers)
     shortcuts = SHORTCUTS if layers == 2 else SHORTCUTS[:2]  # a first layer has no shortcut_ffn
     model = make_model(config, "cls", shortcuts).train()
@@ -115,6 +118,23 @@ def test_where_the_head_reads_the_first_token_the_last_layer_computes_no_other(l
     torch.testing.assert_close(loss_and_gradients(model, T), plain, rtol=1e-4, atol=1e-6)
     assert tokens_that_linears_read(model) == [6, 6] * (layers - 1) + [1, 1]
     assert tokens_that_linears_read(model.eval()) == [6, 6] * layers  # scores may read all inputs
+
+
+@pytest.mark.parametrize("proxy", ["grad-norm", "fisher"])
+def test_the_scores_of_training_steps_are_those_of_the_plain_last_layer(proxy):
+    scores = []
+    for is_fast in (False, True):
+        model = make_model(WITHOUT_DROPOUT, "cls").train()
+        modules = model.encoder.named_modules()
+        adapters = {name: module.adapter for name, module in modules if isinstance(module, Adapted)}
+        if is_fast:
+            fast_cpu.accelerate(model)
+        search = HeteroLoRA(model, adapters, 0, train.loss_fn, proxy)
+        with search.record():
+            loss_and_gradients(model, 6)
+        scores.append(search.score())
+    assert len(scores[0]) == 2 * 10 - 1  # six linears and four connections, but for one shortcut
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
 
 
 def test_on_another_device_the_last_layer_computes_all_tokens():
@@ -432,6 +452,23 @@ def test_a_batch_is_as_long_as_its_longest_text_in_bfloat16_rounded_up(precision
     examples = [(text, None, 0) for text in texts]
     split = Split(examples, Letters(), 12, "cpu", precision)
     assert [split[[0, i]][0][0].shape[1] for i in range(3)] == lengths
+
+
+def test_training_makes_batches_for_its_precision(monkeypatch):
+    made = []
+
+    def note(examples, tokenizer, max_length, device, precision):
+        made.append(precision)
+        return Split(examples[:1], tokenizer, max_length, device, precision)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "Split", note)
+    monkeypatch.setattr(train, "fit", stop)
+    flags = ["--method", "head", "--device", "cpu", "--precision", "bfloat16"]
+    assert train.main(flags) == 130
+    assert made == ["bfloat16", "bfloat16"]
 
 
 def test_the_benchmark_prints_every_way_and_the_share_of_the_search(capsys):

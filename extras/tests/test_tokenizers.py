@@ -256,10 +256,10 @@ EVERY_PAIR = list(itertools.product("abcdefghijklmnopqrst", repeat=2))
 MAKERS = [bert, functools.partial(roberta, EVERY_PAIR)]
 
 
-def seconds(make, text):
-    """Return the processor time that a new tokenizer takes for a text, the lesser of two."""
+def seconds(make, text, times_tried=1):
+    """Return the processor time that a new tokenizer takes for a text, the least of all tries."""
     times = []
-    for _ in range(2):
+    for _ in range(times_tried):
         tokenizer = make()
         start = time.process_time()
         tokenizer.encode(text)
@@ -270,7 +270,7 @@ def seconds(make, text):
 @pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
 def test_no_long_text_takes_quadratic_time(text):
     for make in MAKERS:
-        tenth = max(0.003, seconds(make, text[: len(text) // 10]))
+        tenth = max(0.003, seconds(make, text[: len(text) // 10], times_tried=2))
         assert seconds(make, text) < 30 * tenth  # quadratic time would be 100 times as long
 
 

@@ -16,7 +16,8 @@ from extras.warm_up import first_allocation, mean_scores, warmed_up
 @pytest.mark.parametrize("repeat", [0, 1])
 @pytest.mark.parametrize("flags", [["--method", "static"], ["--warmup-steps", "4"]])
 def test_the_warm_up_trains_what_it_should_and_is_undone(flags, repeat):
-    args = train.parse_args([*flags, "--train-limit", "64", "--precision", "float32"])
+    flags = [*flags, "--train-limit", "32", "--batch-size", "8", "--precision", "float32"]
+    args = train.parse_args(flags)
     task, tokenizer, model, adapters = train.prepare(args)
     split = data.Split(task.train, tokenizer, 32, model.head[0].weight.device)
     before = copy.deepcopy(model.state_dict())
