@@ -757,7 +757,7 @@ def run(*flags, out=None):
     """Run train.main on a few examples of the built-in task, a quarter held out -> exit status"""
     common = ["--train-limit", "64", "--holdout", "0.25", "--max-steps", "6"]
     common += ["--precision", "float32", "--head-warmup", "8", "--probe-batches", "2"]
-    common += ["--batch-size", "8"]
+    common += ["--batch-size", "8", "--max-length", "12"]
     return train.main([*common, *flags, *(["--out", str(out)] if out else [])])
 
 

@@ -214,7 +214,7 @@ def test_no_head_is_warmed_up_for_an_allocation_without_a_score(method):
 def test_a_run_says_what_it_trained_and_resumes_as_if_it_had_not_stopped(tmp_path, monkeypatch):
     flags = ["--method", "adalora", "--budget", "3000", "--train-limit", "48"]
     flags += ["--max-steps", "12", "--precision", "float32", "--shortcuts", "none"]
-    flags += ["--holdout", "0.2"]
+    flags += ["--holdout", "0.2", "--max-length", "12"]
     assert train.main([*flags, "--out", str(tmp_path / "a")]) == 0
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert 2500 < result["params_active"] <= 3000

@@ -281,7 +281,7 @@ def test_the_score_is_the_norm_of_the_gradients_by_plain_autograd(kind):
 
 def run(folder, *flags):
     common = ["--train-limit", "60", "--max-steps", "6", "--precision", "float32"]
-    common += ["--batch-size", "16", "--probe-batches", "4"]
+    common += ["--batch-size", "16", "--probe-batches", "4", "--max-length", "12"]
     common += ["--shortcuts", "none", "--head-warmup", "4", "--holdout", "0.2", "--device", "cpu"]
     common += ["--out", str(folder)]
     return train.main([*common, *flags])

@@ -254,6 +254,7 @@ def test_a_run_reports_its_search_and_resumes_as_if_it_had_not_stopped(tmp_path,
     flags = ["--method", "alora", "--budget", "2000", "--train-limit", "60", "--realloc-every"]
     flags += ["0.7", "--max-steps", "8", "--precision", "float32", "--shortcuts", "none"]
     flags += ["--holdout", "0.2", "--probe-batches", "2", "--batch-size", "16"]
+    flags += ["--max-length", "12"]
     assert train.main([*flags, "--out", str(tmp_path / "a")]) == 0
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert 1700 < result["params_active"] <= 2000

@@ -265,7 +265,7 @@ def test_a_loaded_run_gives_the_same_figures(tmp_path, precision, method):
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     model = train.load_run(str(tmp_path / "a"))
     task = setup.read_task(model.args)
-    split = data.Split(task.dev, model.tokenizer, 128, "cpu")
+    split = data.Split(task.dev, model.tokenizer, model.args.max_length, "cpu")
     values = train.evaluate(model, split, task.metric)
     tolerance = 1e-5 if precision == "float32" else 0.01  # a loaded run is in float32
     if precision == "float32":

@@ -27,6 +27,7 @@ from extras.state import (
 
 COMMON = ["--train-limit", "48", "--precision", "float32", "--max-steps", "4", "--batch-size", "8"]
 COMMON += ["--head-warmup", "8", "--holdout", "0.25", "--probe-batches", "2"]
+COMMON += ["--max-length", "12"]
 FLIPS = 120  # of single bits in a state
 CASES = 300  # of damaged configs
 
