@@ -80,6 +80,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.content, self.faults, self.asked = {}, {}, []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
+    def handle_error(self, *_):
+        """Print nothing when a client hangs up early, as one that refuses an answer does."""
+
     def ranges(self):
         return [headers.get("Range") for _, headers in self.asked]
 
