@@ -220,7 +220,7 @@ class Int8Linear(PackedLinear):
 
 
 class FastAttention(Attention):
-    """Attention written out where that is faster: up to SHORT tokens, or with dropout."""
+    """Attention written out where that is faster: up to SHORT queries, or with dropout."""
 
     def forward(self, q, k, v, mask):
         """q (B, Q, D), k, v (B, T, D), mask (B, 1, 1, T), True for real tokens -> (B, Q, D)
@@ -260,7 +260,7 @@ class FirstTokenLayer(Layer):
 
     def forward(self, x, f_before, mask):
         """The arguments of Layer.forward -> f and y, of the first token: each (B, 1, D)"""
-        if not self.training or x.device.type != "cpu":  # FastAttention is for CPUs, too
+        if not self.training or x.device.type != "cpu":  # elsewhere attention is plain
             return super().forward(x, f_before, mask)
         first = x[:, :1]  # (B, 1, D)
         attended = self.o(self.attention(self.q(first), self.k(x), self.v(x), mask))  # (B, 1, D)

@@ -360,6 +360,7 @@ def test_what_was_learned_with_any_value_changed_is_refused_or_fits_the_run(run)
         for parameter in trained:
             assert parameter.isfinite().all()
     assert len(others) / 2 < refused < len(others)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_a_state_with_any_value_changed_is_refused_or_put_back(run, monkeypatch):
@@ -382,6 +383,7 @@ def test_a_state_with_any_value_changed_is_refused_or_put_back(run, monkeypatch)
         for parameter in trained:
             assert parameter.isfinite().all()
     assert CASES / 2 < refused < CASES
+    assert all(parameter.isfinite().all() for parameter in state.model.parameters())
 
 
 def test_every_value_and_its_place_are_in_the_checksum_of_a_content():
