@@ -228,7 +228,7 @@ class Split:
         self.pad_id = tokenizer.pad_id
         self.max_length = max_length
         self.device = torch.device(device)
-        self.multiple = 8 if precision == "bfloat16" else 1  # of T: in bfloat16 a new T costs time
+        self.multiple = 8 if precision == "bfloat16" else 1  # in bfloat16 each new T costs time
 
     def __getitem__(self, indices):
         """Return (input_ids, attention_mask, token_type_ids), each (B, T), and labels (B,)."""

@@ -247,7 +247,7 @@ def train(args):
     task, tokenizer, model, adapters = prepare(args)
     device = model.head[0].weight.device
     run.begin(args, model)
-    if device.type == "cpu":  # the same, but for rounding and draws
+    if device.type == "cpu":  # the same, but for rounding and dropout's draws
         run.log(f"cpu     faster {fast_cpu.accelerate(model, args.precision)}")
     budget = int(args.budget or 0)
     sizes = f"{len(task.train):,} train, {len(task.dev):,} {task.dev_name}"

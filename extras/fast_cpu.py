@@ -4,8 +4,8 @@ model.py says what is computed, this file computes it faster. Three parts of it 
 attention, whose fused kernel knows no dropout and is slow on short sequences; random numbers for
 dropout; and, in float32 on AMD processors with AVX-512, nn.Linear. One part is not needed: with
 --pooling cls the head reads only the first token, so in training the last layer computes only that
-one. With precision "int8" frozen weights are multiplied in 8 bits: faster where there is no
-bfloat16, but rounded. On other devices than a CPU nothing changes.
+one. With precision "int8" products with frozen weights are of whole numbers: faster on processors
+without bfloat16, but rounded. On other devices than a CPU nothing changes.
 """
 
 import torch
@@ -27,7 +27,7 @@ def processor_name():
 
 
 def has_onednn():
-    """Tell whether oneDNN is there, whose products this file uses. It is tested on x86 only."""
+    """Tell whether to use oneDNN: it is there, on x86. Elsewhere this file is not tested."""
     is_x86 = torch.cpu.get_capabilities().get("architecture") == "x86_64"
     return is_x86 and torch.backends.mkldnn.is_available()
 
@@ -36,8 +36,8 @@ def has_slow_linears():
     """Tell whether oneDNN, with a weight arranged for it, beats nn.Linear in float32 here.
 
     nn.Linear calls MKL, which uses no AVX-512 on AMD processors; oneDNN does. On AMD processors
-    with AVX2 but no AVX-512, and on Intel's, MKL was faster: docs/NOTES.md. It is not found by
-    timing: when a run is resumed, the answer, and with it the rounding, could differ.
+    with AVX2 but no AVX-512, and on Intel's, MKL was faster: docs/NOTES.md. Timing is not
+    used: it could answer differently, and so round differently, when a run is resumed.
     """
     has_avx512 = torch.cpu.get_capabilities().get("avx512_f", False)
     return "AMD" in processor_name() and has_avx512 and has_onednn()
@@ -49,7 +49,7 @@ def accelerate(model, precision="float32"):
     Names, parameters and what isinstance says of a module stay, so this can come before or after
     heterolora.inject. The head stays as it is. Returns the names of what was swapped. With
     precision "int8", which needs has_onednn(), linears become Int8Linear. With pooling "cls" the
-    encoder gives the first token only while it trains: do not change the pooling afterwards.
+    encoder in training gives only the first token: do not change the pooling afterwards.
     """
     fast = {}  # class -> what to call it, and the class that replaces it
     fast[Attention] = ("attention", FastAttention)
@@ -112,7 +112,7 @@ class PackedWeight:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(W)
 
     def times(self, x, bias):
-        """x (n, d_in), bias (d_out) or None -> W x + bias (n, d_out)"""
+        """x (n, d_in), bias (d_out) or None -> x W^T + bias (n, d_out)"""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
@@ -138,7 +138,7 @@ class Int8Weight:
         self.packed = torch.ops.onednn.qlinear_prepack(whole.contiguous(), None)
 
     def times(self, x, bias):
-        """x (n, d_in), bias (d_out) or None -> W x + bias (n, d_out), all in float32"""
+        """x (n, d_in), bias (d_out) or None -> x W^T + bias (n, d_out), all in float32"""
         scales = largest(x) / LARGEST_INPUT  # (n, 1)
         whole = (x / scales).round_().to(torch.int8)
         whole = whole.view(torch.uint8).add_(ZERO)  # -127 is read as 129; 129 + 128 = 1 (mod 256)
@@ -151,7 +151,7 @@ class Int8Weight:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x (n, d_in) -> W x + bias (n, d_out), backward dy -> W^T dy.
+    """x (n, d_in) -> x W^T + bias (n, d_out), backward dy -> dy W.
 
     W and W_transposed are each a PackedWeight or an Int8Weight. Without gradients W_transposed may
     be None.
@@ -237,8 +237,8 @@ class FastAttention(Attention):
         k = k.view(B, T, self.heads, width).transpose(1, 2)  # (B, H, T, D/H)
         v = v.view(B, T, self.heads, width).transpose(1, 2)  # (B, H, T, D/H)
 
-        # The lowest finite number, not -inf: a row of padding alone must not give NaN. It is in
-        # float32 at least, and with it the softmax, also where the weights are in 16 bits.
+        # The lowest finite number, not -inf: a row of padding alone must not give NaN. This number
+        # and the softmax are in float32 at least, even if q is in 16 bits.
         wide = torch.promote_types(q.dtype, torch.float32)
         bias = (1 - mask.to(wide)) * torch.finfo(wide).min  # (B, 1, 1, T)
         q = q * width**-0.5
@@ -260,7 +260,7 @@ class FirstTokenLayer(Layer):
 
     def forward(self, x, f_before, mask):
         """The arguments of Layer.forward -> f and y, of the first token: each (B, 1, D)"""
-        if not self.training or x.device.type != "cpu":  # elsewhere attention is plain
+        if not self.training or x.device.type != "cpu":  # plain attention needs Q = T
             return super().forward(x, f_before, mask)
         first = x[:, :1]  # (B, 1, D)
         attended = self.o(self.attention(self.q(first), self.k(x), self.v(x), mask))  # (B, 1, D)
