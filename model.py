@@ -8,7 +8,7 @@ where something can be connected, so that `heterolora.inject` can swap them by n
 
 The residual connections are nn.Identity. The two shortcuts are `Nothing`: they add nothing.
 
-Shapes: B sequences, T tokens, D hidden_size, F intermediate_size, H heads, C classes.
+Shapes: B sequences, T tokens, Q queries, D hidden_size, F intermediate_size, H heads, C classes.
 """
 
 import dataclasses
@@ -84,14 +84,16 @@ class Attention(nn.Module):
         self.dropout = dropout
 
     def forward(self, q, k, v, mask):
-        """q, k, v (B, T, D) and mask (B, 1, 1, T), True for real tokens -> (B, T, D)"""
-        B, T, D = q.shape
-        q = q.view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D/H)
-        k = k.view(B, T, self.heads, -1).transpose(1, 2)
-        v = v.view(B, T, self.heads, -1).transpose(1, 2)
+        """q (B, Q, D), k, v (B, T, D), mask (B, 1, 1, T), True for real tokens -> (B, Q, D)
+
+        The Q queries are all T tokens, or only some of them.
+        """
+        q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, Q, D/H)
+        k = k.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
+        v = v.unflatten(2, (self.heads, -1)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return y.transpose(1, 2).reshape(B, T, D)
+        return y.transpose(1, 2).flatten(2)
 
 
 class Layer(nn.Module):

@@ -223,10 +223,7 @@ class FastAttention(Attention):
     """Attention written out where that is faster: up to SHORT queries, or with dropout."""
 
     def forward(self, q, k, v, mask):
-        """q (B, Q, D), k, v (B, T, D), mask (B, 1, 1, T), True for real tokens -> (B, Q, D)
-
-        Q queries: all T tokens, or only the first one.
-        """
+        """The arguments of Attention.forward -> (B, Q, D)"""
         B, Q, D = q.shape
         T = k.shape[1]
         p = self.dropout if self.training else 0.0
@@ -260,7 +257,7 @@ class FirstTokenLayer(Layer):
 
     def forward(self, x, f_before, mask):
         """The arguments of Layer.forward -> f and y, of the first token: each (B, 1, D)"""
-        if not self.training or x.device.type != "cpu":  # plain attention needs Q = T
+        if not self.training:
             return super().forward(x, f_before, mask)
         first = x[:, :1]  # (B, 1, D)
         attended = self.o(self.attention(self.q(first), self.k(x), self.v(x), mask))  # (B, 1, D)

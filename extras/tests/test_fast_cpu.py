@@ -16,11 +16,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import extras.proxies  # noqa: F401  registers fisher
 import train
 from data import InputError, Split
 from extras import benchmark, devices, evaluate, fast_cpu
 from heterolora import SHORTCUTS, TARGETS, Adapted, HeteroLoRA, LoRALinear, inject
-from model import Classifier, Encoder, EncoderConfig
+from model import Attention, Classifier, Encoder, EncoderConfig, Layer
 
 CONFIG = EncoderConfig(
     vocab_size=20,
@@ -137,11 +138,21 @@ def test_the_scores_of_training_steps_are_those_of_the_plain_last_layer(proxy):
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
 
 
-def test_on_another_device_the_last_layer_computes_all_tokens():
-    layer = fast_cpu.FirstTokenLayer(CONFIG, is_first=True).to("meta")
-    mask = torch.ones(2, 1, 1, 6, dtype=torch.bool, device="meta")
-    f, y = layer(torch.ones(2, 6, 8, device="meta"), None, mask)
-    assert f.shape == y.shape == (2, 6, 8)
+@needs_onednn
+def test_in_8_bits_the_last_layer_of_one_token_gives_what_the_last_layer_of_all_gives():
+    model = make_model(WITHOUT_DROPOUT, "cls").train()
+    fast_cpu.accelerate(model, "int8")
+    one = loss_and_gradients(model, 6)
+    model.encoder.layers[-1].__class__ = Layer
+    torch.testing.assert_close(loss_and_gradients(model, 6), one, rtol=1e-4, atol=1e-6)
+
+
+def test_plain_attention_gives_one_query_what_it_gives_it_among_others():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 6, 8)
+    mask = torch.tensor([6 * [True], 3 * [True] + 3 * [False]])[:, None, None]
+    attention = Attention(heads=2, dropout=0.0)
+    torch.testing.assert_close(attention(q[:, 2:3], k, v, mask), attention(q, k, v, mask)[:, 2:3])
 
 
 def test_it_says_what_it_swapped(linears_are_slow):
