@@ -121,7 +121,7 @@ class Layer(nn.Module):
     def forward(self, x, f_before, mask):
         """x (B, T, D), f_before (B, T, D) or None, mask (B, 1, 1, T) -> f and y, each (B, T, D)
 
-        f is the input of the feed-forward part, f_before that of the layer before; y is the output.
+        f is the feed-forward part's input, f_before the f of the layer before, y the output.
         """
         attended = self.o(self.attention(self.q(x), self.k(x), self.v(x), mask))
         return self.after_attention(x, f_before, attended)
@@ -205,7 +205,7 @@ class Classifier(nn.Module):
         self.draw_head(generator)
 
     def draw_head(self, generator=None):
-        """Give the head new initial values. generator: of the CPU, wherever the head is."""
+        """Give the head new initial values. generator: always one of the CPU."""
         std = self.config.initializer_range
         for linear in (self.head[0], self.head[3]):
             weight = nn.init.normal_(torch.empty(linear.weight.shape), std=std, generator=generator)

@@ -1,11 +1,12 @@
-"""Faster arithmetic for the encoder on a CPU: the same model, swapped in place by `accelerate`.
+"""Faster arithmetic for the encoder on a CPU: `accelerate` swaps the slow modules in place.
 
-model.py says what is computed, this file computes it faster. Three parts of it are slow on a CPU:
-attention, whose fused kernel knows no dropout and is slow on short sequences; random numbers for
-dropout; and, in float32 on AMD processors with AVX-512, nn.Linear. One part is not needed: with
+model.py says what is computed, this file computes it faster. Three parts of model.py are slow on a
+CPU: attention, whose fused kernel knows no dropout and is slow on short sequences; random numbers
+for dropout; and, in float32 on AMD processors with AVX-512, nn.Linear. One part is not needed: with
 --pooling cls the head reads only the first token, so in training the last layer computes only that
-one. With precision "int8" products with frozen weights are of whole numbers: faster on processors
-without bfloat16, but rounded. On other devices than a CPU nothing changes.
+one. The model stays the same, but for rounding and dropout's draws. With precision "int8" products
+with frozen weights are of whole numbers: faster on processors without bfloat16, but rounded more.
+On other devices than a CPU only the last layer is another.
 """
 
 import torch
@@ -15,10 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from model import Attention, Layer
 
-SHORT = 128  # queries up to which attention written out is faster than the fused kernel
+SHORT = 128  # up to so many queries, plain products are faster than the fused kernel
 LARGEST_INPUT = 127  # in 8 bits: an input becomes a whole number from -127 to 127
 LARGEST_WEIGHT = 63  # in 7 bits: AVX2 adds two products in 16 bits, where 8 bits would overflow
-ZERO = 128  # added to every rounded input, as oneDNN wants them without a sign
+ZERO = 128  # added to rounded inputs, as oneDNN takes none below 0
 
 
 def processor_name():
@@ -47,7 +48,7 @@ def accelerate(model, precision="float32"):
     """Swap the slow modules of a Classifier's encoder, or of an Encoder, in place.
 
     Names, parameters and what isinstance says of a module stay, so this can come before or after
-    heterolora.inject. The head stays as it is. Returns the names of what was swapped. With
+    heterolora.inject. The head stays as it is. Returns what was swapped, as a text. With
     precision "int8", which needs has_onednn(), linears become Int8Linear. With pooling "cls" the
     encoder in training gives only the first token: do not change the pooling afterwards.
     """

@@ -57,9 +57,9 @@ def rank_pattern(
     most that a module can get: with `greedy` it gets all of it or nothing. For ranks in between
     take proxy="spectral" and allocator="greedy-ranks". `snip`, `synflow`, `ablation` and `path`
     are all 0 here, as B is 0: a random draw. Scores through a head that is not trained yet mean
-    little: train it first, alone. What the loss does not go through has the lowest score. Raises
-    ValueError for a budget that buys nothing and for names that do not exist, and what
-    HeteroLoRA.score does.
+    little: train it first, alone. By scores made of gradients, what the loss does not go through
+    comes last. Raises ValueError for a budget that buys nothing and for names that do not exist,
+    and what HeteroLoRA.score does.
     """
     if type(budget) is not int or budget < 1:
         raise InputError(f"budget {budget!r:.40}: want a whole number of adapter parameters")
@@ -99,7 +99,7 @@ def rank_pattern(
 def left_as_it_was(model):
     """Put back, whatever happens, a model's modules, buffers and flags, and the random state.
 
-    Parameters need no copy: while none requires a gradient, no pass changes them or their .grad.
+    Parameters need no copy: `inject` froze them all, so no pass changes them or their .grad.
     """
     before = [(m, dict(m._modules), dict(m._buffers)) for m in model.modules()]
     values = {buffer: buffer.clone() for buffer in model.buffers()}
@@ -122,9 +122,10 @@ def left_as_it_was(model):
 def exact_targets(model, names):
     """Return PEFT's target_modules for these modules of a model and no others.
 
-    A list is right unless another module's name ends with ".NAME": PEFT would adapt that one too.
-    Then it is a regular expression. (Not always: for mixtures of experts PEFT 0.21 keeps only the
-    last parts of the names in a regular expression, and adapts these in every layer.)
+    They are a list, if that is right. But PEFT adapts every module whose name ends with ".NAME": if
+    there is another such module, they are a regular expression. (Not always, as that is wrong with
+    mixtures of experts: PEFT 0.21 keeps only the last parts of its names, and adapts these in every
+    layer.)
     """
     endings = tuple(f".{name}" for name in names)
     for other, _ in model.named_modules():
@@ -141,8 +142,8 @@ def exact_patterns(adapters):
     ranks = {}
     alphas = {}
     for name, adapter in adapters.items():
-        # PEFT looks for "(.*\.)?(KEY)$", before 0.15 for ".*\.KEY$". In the first, "^" leaves no
-        # room for a prefix. In the second, the empty branch takes ".*\." and matches no name.
+        # PEFT looks for "(.*\.)?(KEY)$": there "^" bars a prefix. Before 0.15 it looked for
+        # ".*\.KEY$": there the half ".*\.^" never matches, and the half "^NAME$" is exact.
         key = "^|^" + re.escape(name)
         ranks[key] = adapter.rank
         alphas[key] = adapter.scale * adapter.rank
