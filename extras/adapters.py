@@ -1,4 +1,4 @@
-"""Other kinds of adapters for --adapter, registered on import: they train less, or share it.
+"""Other kinds of adapters for --adapter, registered on import. Most train less than LoRA.
 
 Each has the constructor, attributes and methods of heterolora.LoRA. `active` lists all that trains,
 in an order that stays, as saved blocks are numbered by it. Its last parameter with values has a
@@ -9,7 +9,6 @@ W (d_out, d_in) is the weight of the frozen linear.
 """
 
 import bisect
-import copy
 import functools
 import math
 
@@ -115,9 +114,9 @@ class PRoLoRA(Adapter):
 
     PRoLoRA (Wang et al. 2024, arXiv 2402.16902). Row i of chunk k is row i + k * stride of the
     first chunk, counted round: the chunks differ in the order of their ranks. The stride is
-    floor(shared ranks that are on / chunks), at least 1. A single shared rank cannot rotate, and
-    with one rank more or less dW changes, so a search should buy whole modules. A few ranks are
-    `unshared`, and are as in LoRA. Initial values as in LoRA. Our choice: A and B have as many
+    floor(shared ranks that are on / chunks), at least 1. So one rank more changes what the others
+    do, and a search should buy whole modules. (A single shared rank cannot rotate.) A few ranks
+    are `unshared`, and are as in LoRA. Initial values as in LoRA. Our choice: A and B have as many
     chunks each, where the paper lets them differ.
     """
 
@@ -226,16 +225,17 @@ TIED = ("tied", "tied-abu")  # kinds whose modules share what trains
 def uniform_costs(encoder, targets, shortcuts, kind):
     """Return [parameters of the whole search space with rank 1, with rank 2, ...].
 
-    The model stays as it was. Parameters that modules share count once.
+    Parameters that modules share count once.
     """
-    twin = copy.deepcopy(encoder).to("meta")  # shapes without values
+    with torch.device("meta"):
+        twin = type(encoder)(encoder.config)  # shapes without values
     most = min(encoder.config.hidden_size, encoder.config.intermediate_size)
     adapters = inject(twin, targets, shortcuts, most, 1.0, adapter=kind)
     return [cost(adapters, dict.fromkeys(adapters, rank)) for rank in range(1, most + 1)]
 
 
 def choose_kind(args, encoder, targets, shortcuts):
-    """Return the class of --adapter, and fill in a --rank that was left out. Raises InputError."""
+    """Return the kind of --adapter, and fill in a --rank that was left out. Raises InputError."""
     settle_kind(args)
     kind = ADAPTERS[args.adapter]
     if args.rank is None:
@@ -273,9 +273,9 @@ def usual_rank(args, encoder, targets, shortcuts, kind):
     """Return the rank if no --rank was given: 8, or what a budget in parameters allows.
 
     adalora: the first rank that costs at least START times the budget everywhere. lora with another
-    kind than LoRA: the largest that fits everywhere, one more if the allocator goes by layers, as
-    some of them can have it; a budget beyond the whole search space is lowered to that. A budget
-    such as 25% cannot choose the rank, as it is a share of the space that the rank makes.
+    kind than LoRA: the largest that fits everywhere; one more if the allocator goes by layers, as
+    some layers can have it. A budget larger than the search space is lowered to that. A budget such
+    as 25% cannot choose the rank, as it is a share of the space that the rank makes.
     """
     budget = whole_number(str(args.budget))
     if budget is not None and args.method == "adalora":

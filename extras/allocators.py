@@ -40,10 +40,10 @@ def total(score):
     return sum(score) if isinstance(score, list) else score
 
 
-def shuffled(scores, generator):
-    """Return the names in random order."""
-    names = list(scores)
-    return [names[i] for i in torch.randperm(len(names), generator=generator)]
+def shuffled(items, generator):
+    """Return the items, or the keys of a dict, as a list in random order."""
+    items = list(items)
+    return [items[i] for i in torch.randperm(len(items), generator=generator)]
 
 
 @allocator("uniform")
@@ -61,7 +61,8 @@ def layers_of(costs):
     """Return the names of the modules as a list for every layer, in the model's order.
 
     The first number in a name tells the layer: "layers.3.q", or "layers.3.mlp.experts.7.up_proj".
-    What all names begin with does not count, as "0" in "0.auto_model.encoder.layer.3.q".
+    What all names begin with does not count, as "0" in "0.auto_model.encoder.layer.3.q". (So the
+    experts of a single layer count as layers.)
     """
     names = {tuple(name.split(".")): name for name in costs}
     n_common = len(os.path.commonprefix(list(names)))  # in parts: names are tuples here
@@ -87,8 +88,8 @@ def in_rounds(costs, budget, groups):
     ranks = dict.fromkeys(costs, 0)
     for rank in range(max(map(len, costs.values()), default=0)):
         for name in sum(groups, []):
-            is_next = ranks[name] == rank < len(costs[name])  # what was too dear once is out
-            if is_next and costs[name][rank] <= budget:
+            has_all_before = ranks[name] == rank  # else one of them was too dear
+            if has_all_before and rank < len(costs[name]) and costs[name][rank] <= budget:
                 ranks[name] += 1
                 budget -= costs[name][rank]
     return ranks
@@ -144,7 +145,7 @@ def greedy_ranks(scores, costs, budget, generator):
             score = [score / len(costs[name])] * len(costs[name])
         for mean in without_rises(score):
             items.append((mean, name))
-    items = [items[i] for i in torch.randperm(len(items), generator=generator)]
+    items = shuffled(items, generator)
     items.sort(key=itemgetter(0), reverse=True)  # stable: ties stay shuffled
     ranks = dict.fromkeys(scores, 0)
     for _, name in items:
@@ -193,8 +194,8 @@ def random_linears(scores, costs, budget, generator):
 def greedy_separated(scores, costs, budget, generator):
     """Let linears and shortcuts compete apart, each for its share of the search space.
 
-    A sort that is a third of the search space has a third of the budget. What rounding or prices
-    leave over goes to the best of what is still off, of either sort.
+    A kind that is a third of the search space has a third of the budget. What rounding or prices
+    leave over goes to the best of what is still off, of either kind.
     """
     linears = {name: score for name, score in scores.items() if not is_shortcut(name)}
     shortcuts = {name: score for name, score in scores.items() if is_shortcut(name)}

@@ -6,7 +6,7 @@
 A contender is METHOD[:PROXY][:ALLOCATOR][:FLAG=VALUE]... with flags of train.py; `random` is
 static:constant. Other flags of train.py hold for all. Runs that have ended are kept in a file of
 JSON lines, and are not done again, even if the code has changed since. A run of another kind of
-processor is done again, as each kind rounds in its own way.
+processor is done again, as each kind rounds in its own way; a GPU is not told from its CPU.
 """
 
 import argparse
@@ -38,8 +38,7 @@ from heterolora import ALLOCATORS, PROXIES
 
 TUNING_SHARE = 0.2  # of the training set is held out, to choose among several learning rates
 
-# Flags that do not tell runs apart; a run on a GPU counts as the same run on the CPU beside it. The
-# model counts by checksums, of its weights here and of its form in `read_record`, not by its name.
+# Flags that do not tell runs apart. Data and model count by checksums (form: in `read_record`).
 NO_MATTER = {"data_dir", "device", "out", "resume", "command", "model", "form"}
 # Flags that are the same for all contenders.
 SHARED = {"task", "metric", "train_limit", "holdout", "model", "method", "budget", "seed"}
@@ -49,7 +48,7 @@ SEARCH = {"proxy", "realloc_every", "probe_batches", "head_warmup", "warmup_step
 # Flags of the search space.
 SPACE = {"budget", "targets", "shortcuts", "rank", "alpha", "shortcut_alpha", "adapter"}
 SPACE |= {"allocator", "init"}
-# What each method leaves unused: it is no part of what tells runs apart.
+# Flags without effect on a method: its runs may differ in them and still be the same.
 UNUSED = {
     "dynamic": set(),
     "static": {"realloc_every"},
@@ -75,7 +74,7 @@ def contender_argv(spec, known):
         elif option in ALLOCATORS:
             argv.append(f"--allocator={option}")
         elif name in SHARED:
-            raise InputError(f"{spec}: contenders cannot differ in {flag}: give it once, for all")
+            raise InputError(f"{spec}: contenders cannot differ in {flag}")
         elif name not in known or not value:
             raise InputError(f"{spec}: {option!r} is no proxy or allocator, and no FLAG=VALUE")
         else:
@@ -95,10 +94,10 @@ def prepare(args, argv):
     if args.holdout and len(args.lr) > 1:
         raise InputError("--holdout with several --lr: both would choose on the same part")
     task, _, model, _ = train.prepare(common)
-    # Runs are known by the content of data and checkpoint, not by names. The checksum is taken
-    # before --holdout, so that runs with it can be those of tuning.
+    # Taken before --holdout, so that runs with it can be those of tuning.
     data_checksum = zlib.crc32(repr((task.train, task.dev)).encode())
-    argv = argv + [f"--lr={lr}" for lr in args.lr[:1]]
+    if args.lr:
+        argv = [*argv, f"--lr={args.lr[0]}"]
     contenders = {}
     for spec in args.contenders:
         flags = train.parse_args([*argv, *contender_argv(spec, vars(common))])
@@ -137,9 +136,9 @@ def read_record(path, key, form=None):
     found = None
     for line, record in records(path):
         try:
-            check_result(record["result"])
             is_here = all(record.get(name, value) == value for name, value in here.items())
             if is_here and as_key(record["flags"]) == key:
+                check_result(record["result"])
                 found = record
         except WRONG_FORM:
             warnings.warn(f"{path}, line {line}, is no result: left out", stacklevel=2)
@@ -148,7 +147,7 @@ def read_record(path, key, form=None):
 
 def check_result(result):
     """Raise one of WRONG_FORM for a result that `table` cannot show."""
-    table({"": argparse.Namespace(lr=0.0)}, {"": {0: result, 1: result}})
+    table({"": argparse.Namespace(method="", lr=0.0)}, {"": {0: result, 1: result}})
     in_words(result)
     if "failed" not in result:
         jaccard(result["ranks"], result["ranks"])  # the table leaves it out if nothing is on
@@ -260,7 +259,8 @@ def table(contenders, results):
     for spec, row in rows.items():
         gain = gain_over(row, rows[first])
         difference = gain_cell(gain) if gain and spec != first else ""
-        cells = [f"`{spec}`", f"{contenders[spec].lr:g}", *level_cells(row), difference]
+        lr = "" if contenders[spec].method == "head" else f"{contenders[spec].lr:g}"
+        cells = [f"`{spec}`", lr, *level_cells(row), difference]
         ended = [result for result in results[spec].values() if "failed" not in result]
         if ended:
             seconds = [result["train_seconds"] + result["search_seconds"] for result in ended]

@@ -24,8 +24,8 @@ class FinishedRun:
     flags: dict  # {flag: value as text}, without the seed, with the processor
     seed: str
     score: float | None = None  # the metric after the last epoch, times 100
-    parameters: int | None = None  # of the adapters, at the end
-    ever_trained: int | None = None  # of the adapters, at any step
+    parameters: int | None = None  # of the adapters, at the end; full: of the encoder
+    ever_trained: int | None = None  # the same, at any step
     right: np.ndarray | None = None  # (n,): 1 for each dev example that it got right, else 0
 
 
@@ -33,7 +33,7 @@ class FinishedRun:
 class Gain:
     """A row minus the baseline, paired by seed, in points."""
 
-    differences: list  # one for each seed that ended in both rows
+    differences: list  # one for each pair
     mean: float
     half: float  # half the width of the mean's 95 % interval
     by_example: np.ndarray | None  # (n,): difference for each dev example, mean over seeds
@@ -154,7 +154,7 @@ def best_lr(scores):
 def select(runs, flag, texts):
     """Return the runs whose flag has one of these values, and those that lack the flag.
 
-    Raises InputError if no run has one of the values.
+    Raises InputError for a value that no run has.
     """
     found = sorted({run.flags[flag] for run in runs if flag in run.flags})
     wanted = set()
@@ -162,7 +162,7 @@ def select(runs, flag, texts):
         same = {value for value in found if is_same(value, text)}
         if not same:
             there = f"have {', '.join(found)}" if found else "lack this flag"
-            others = f"those that meet the other conditions {there}"
+            others = f"the runs left so far {there}"
             raise InputError(f"no run has {flag}={text}; {others}")
         wanted |= same
     return [run for run in runs if flag not in run.flags or run.flags[flag] in wanted]

@@ -1,14 +1,14 @@
 """The folder of a run: logs, the state to resume from, the result, and what was learned.
 
 config.json    the flags of the run, as train.py resolved them, and the checkpoint's checksum
-log.jsonl      a line for the log lines of losses and evaluations
+log.jsonl      a line for each loss and each evaluation that was printed
 history.jsonl  the search space, then a line for every allocation
 state.pt       everything that changes while the run trains; gone when it has ended
 adapters.pt    what was learned: active ranks and their values, the head, names of the classes
 result.json    the result; when it is there, the run is finished
 lock           empty; locked while a process trains the run
 
-Without a folder (path None) a Run only prints.
+Without a folder (None) a Run only prints.
 """
 
 import argparse
@@ -39,10 +39,11 @@ NOT_SAVED = ("out", "resume", "command")
 
 
 def resumed_args(parser, args, argv):
-    """Return the flags of the run that --resume names, but for where things are and what to use.
+    """Return the flags of the run that --resume names; those in PLACES may be given anew.
 
     Raises InputError if there is no run, and exits as argparse does if other flags are given.
     """
+    # A value that is there keeps argparse's default out, so what is not None was given.
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = vars(parser.parse_args(argv, unset))
     given = {name: value for name, value in given.items() if value is not None}
@@ -154,11 +155,11 @@ class Run:
 
     # ------------------------------------------------------------------------------ log lines
 
-    def log(self, line, **numbers):
-        """Print a line; its numbers go to log.jsonl."""
+    def log(self, line, **values):
+        """Print a line; the values go to log.jsonl."""
         say(line)
-        if numbers:
-            self.append("log.jsonl", numbers)
+        if values:
+            self.append("log.jsonl", values)
 
     def append(self, name, record):
         """Append a record to a file of JSON lines."""

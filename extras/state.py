@@ -72,7 +72,7 @@ def fitting(path):
     """Turn what goes wrong when content of the wrong form is put back into an InputError."""
     try:
         yield
-    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # foreign content can go wrong in any way
         reason = str(error) or type(error).__name__
         raise InputError(f"{path} does not fit the run: {reason.splitlines()[0]}") from None
 
@@ -104,7 +104,7 @@ class Progress:
         """Turn the sum of losses into a number. Raises FloatingPointError if it is not finite."""
         start = time.perf_counter()
         self.loss = float(self.loss)
-        self.step_seconds += time.perf_counter() - start  # it waits for a GPU to end them
+        self.step_seconds += time.perf_counter() - start  # float() waited for a GPU's steps
         if not math.isfinite(self.loss):
             where = f"at step {self.step} or shortly before"
             raise FloatingPointError(f"the loss is not finite {where}: try a lower --lr")
@@ -225,7 +225,7 @@ class State:
 
 
 def blocks_on(adapters):
-    """Return {name: the part of a parameter that is on}: what an allocation needs of adapters."""
+    """Return {"module number": what is on of the module's parameter of that number}."""
     blocks = {}
     for name, adapter in adapters.items():
         for number, (parameter, slices) in enumerate(adapter.active(adapter.rank)):

@@ -3,7 +3,7 @@
 Either the head trains alone (--head-warmup), or together with every module at rank 1
 (--warmup-steps), which also moves B away from 0, where some scores are 0.
 
-A warm-up depends on random draws: the head's start, its examples, the batches that are scored.
+A score depends on random draws: the head's start, its examples, the batches that are scored.
 --score-repeats averages over several warm-ups.
 """
 
@@ -17,7 +17,7 @@ import heterolora
 
 RANK = 1  # of every module in a joint warm-up
 HEAD_BATCHES = 32  # the warm-up of the head cycles through so many
-# Scores that do not see the head: it is not warmed up for them.
+# Scores that do not see the head: --head-warmup is left out for them.
 HEADLESS = ("constant", "alignment", "alignment-by-type", "misalignment")
 
 
@@ -50,8 +50,8 @@ def first_allocation(args, run, search, train_set):
 def mean_scores(rounds):
     """Return the mean of a list of scores, each {module name: score, or list of scores}.
 
-    Each is first scaled to the mean absolute score of the first. A head that fits better has
-    smaller gradients, so without this the worst head would count most.
+    Before that, each is scaled to the mean size of rounds[0]. A head that fits better has smaller
+    gradients, so without this the worst head would count most.
     """
     factors = [mean_size(rounds[0]) / mean_size(scores) for scores in rounds]
     means = {}
@@ -71,7 +71,8 @@ def mean_size(scores):
 def draws_for(args, purpose, repeat):
     """Return a torch.Generator for a purpose; every repeat has its own.
 
-    Repeat 0 has the plain purpose: without --score-repeats a run draws what it did before the flag.
+    Repeat 0 has the plain purpose: a run without --score-repeats draws what it would without that
+    flag's code.
     """
     from train import generator  # here, as train imports this module
 
@@ -83,7 +84,7 @@ def warmed_up(args, model, adapters, train_set, repeat=0):
     """Train as the flags say, for the body of the `with`; then put all trained values back.
 
     The first repeat (0) starts from the head as it is, a later one from a new head. The ranks that
-    are on, and training mode, are the caller's to set again.
+    are on, training mode and torch's seed are the caller's to set again.
     """
     draws = draws_for(args, "warm-up", repeat)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

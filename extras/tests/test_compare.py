@@ -73,7 +73,7 @@ def test_the_table_has_means_spreads_and_the_paired_difference(runs, capsys):
     scores = [f"59.50 {spread}", f"69.50 {spread}"]
     overlap = f"{(1 + 1 / 3 + 1 / 3) / 3:.2f}"
     last, best = scores
-    assert table["head"] == ["0.5", "3", last, "900", "1,100", "", best, overlap, "4"]
+    assert table["head"] == ["", "3", last, "900", "1,100", "", best, overlap, "4"]
     assert table["lora"][5] == "+1.00 [+1.00, +1.00], n = 3"
 
 

@@ -214,16 +214,16 @@ def test_another_row_can_be_the_baseline(show):
     [
         (
             ["--where", "lr=5"],
-            "no run has lr=5; those that meet the other conditions have 0.001",
+            "no run has lr=5; the runs left so far have 0.001",
         ),
         (
             ["--where", "speed=5"],
-            "no run has speed=5; those that meet the other conditions lack",
+            "no run has speed=5; the runs left so far lack",
         ),
         (["--where", "speed"], "--where speed: want FLAG=VALUE"),
         (
             ["--budget", "7"],
-            "no run has budget=7; those that meet the other conditions have 3072",
+            "no run has budget=7; the runs left so far have 3072",
         ),
         (["--baseline", "full"], "'full' is not a row"),
         (["--svg", "none.svg"], "there is nothing to draw"),

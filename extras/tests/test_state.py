@@ -32,7 +32,7 @@ FLIPS = 120  # of single bits in a state
 CASES = 300  # of damaged configs
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     pass
 
 
@@ -237,6 +237,7 @@ WRONG_STATES = {
     "ranks of other modules": lambda state: state["ranks"].update(other=1),
     "other ranks than chosen": lambda state: state.update(ranks=dict.fromkeys(state["ranks"], 0)),
     "an allocation of others": lambda state: state["search"]["history"][0]["ranks"].update(other=1),
+    "endless recorded steps": lambda state: state["search"].update(recorded_steps=float("inf")),
     "negative recorded steps": lambda state: state["search"].update(recorded_steps=-1),
 }
 
@@ -261,7 +262,7 @@ STATE_CHANGES = {
 }
 
 
-class Reached(Exception):
+class Reached(BaseException):
     pass
 
 
