@@ -2,17 +2,19 @@
 
 AdaLoRA (Zhang et al. 2023, arXiv 2303.10512). Every rank is a triplet: a number E_i, a row of A and
 a column of B. dW = scale * B diag(E) A is kept close to a singular value decomposition by a term
-of the loss. (So the logged loss is larger than that of other methods.) After every step the
-triplets are scored, and the worst get E_i = 0. They still have a gradient, and can come back. How
-many parameters stay falls along a cubic curve to the budget. For the last FINAL of the steps the
-choice is final.
+of the loss. (So the logged loss is larger than that of other methods.) It starts with the whole
+search space on. If the budget is a number and no --rank is given, the rank makes that START times
+the budget, or a little more.
+
+After the first INITIAL of the steps, the triplets are scored after every step, and the worst get
+E_i = 0. They still have a gradient, and can come back. The number of parameters that stay falls
+along a cubic curve to the budget. For the last FINAL of the steps the choice is final.
 
 What differs from the paper: the schedule counts parameters, not ranks, so that modules of any
 shape end within the budget; its ends are shares of the steps; a choice is made after every step,
 and not after every Delta_T; what the last one drops is off from then on; the term of the loss is a
 mean of norms, as in the authors' code, where the paper sums squares; sensitivities are taken after
-the step, with the step's gradient, as in that code too. It starts with START times the budget or a
-little more. With a --rank, or a budget that is a share, it starts with the whole search space.
+the step, with the step's gradient, as in that code too.
 """
 
 import torch
@@ -20,7 +22,7 @@ import torch
 from extras.part_ranks import move_ranks
 from heterolora import HeteroLoRA, cost, rank_costs, set_ranks
 
-START = 1.5  # at least so many times the budget is on at the start, as in the paper
+START = 1.5  # times the budget is on at the start, as in the paper, if no rank is given
 INITIAL, FINAL = 0.17, 0.5  # shares of the steps: before the first choice, after the last one
 BETA1 = BETA2 = 0.85  # how slowly the means of sensitivity and of its uncertainty change
 ORTHOGONALITY = 0.1  # weight of that term (gamma)

@@ -21,16 +21,17 @@ from heterolora import LoRALinear, proxy
 @contextlib.contextmanager
 def real_tokens(model):
     """Give a function that returns the attention mask of the pass under way, (B, T), or None."""
-    masks = [None]
+    mask = None
     signature = inspect.signature(model.forward)
 
     def remember(module, args, kwargs):
+        nonlocal mask
         given = signature.bind(*args, **kwargs).arguments
-        masks[0] = given.get("attention_mask", kwargs.get("attention_mask"))  # or in its **kwargs
+        mask = given.get("attention_mask", kwargs.get("attention_mask"))  # or in its **kwargs
 
     hook = model.register_forward_pre_hook(remember, with_kwargs=True)
     try:
-        yield lambda: masks[0]
+        yield lambda: mask
     finally:
         hook.remove()
 
@@ -69,7 +70,7 @@ def feature_norms(model, batches, loss_fn):
 def signed_norms(model, adapters, batches, loss_fn, sign):
     """Return {name: sign * NFN}, without the linears that no input reaches.
 
-    A connection has no W, and NFN 1, that of the identity.
+    A connection has no W. Our choice is NFN 1, that of the identity, for new shortcuts too.
     """
     norms = feature_norms(model, batches, loss_fn)
     linears = {module.adapter for module in model.modules() if isinstance(module, LoRALinear)}

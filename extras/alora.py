@@ -12,12 +12,16 @@ The score of rank k is loss(without k) - loss(with k alone). The paper's is S(M)
 
 Here `ranks` says how many ranks of a module are on. A number k, as in `dropped`, says which one.
 
-Our choices, where the paper is silent or has an arrangement that short runs do not allow: the
-interval is --realloc-every; the examples are SCORE_EXAMPLES new ones from the training set in every
-round, not one fixed validation batch; an eighth of the ranks is dropped each time; a rank that is
-new stays for a round, as its B is still near 0; the scale does not depend on how many ranks are on;
-modules grow in the order of their mean score;
-what no module can take in one round is offered again in the next one, where the paper loses it.
+Our choices, where the paper is silent, or asks for more than short runs have:
+
+- The interval is --realloc-every.
+- The examples are SCORE_EXAMPLES new ones from the training set in every round, not one fixed
+  validation batch.
+- An eighth of the ranks at the start is dropped each time.
+- A rank that is new stays for a round, as its B is still near 0.
+- The scale does not depend on how many ranks are on.
+- Modules grow in the order of their mean score.
+- What no module can take in one round is offered again in the next one. The paper loses it.
 """
 
 import contextlib
@@ -30,7 +34,7 @@ from extras.allocators import middle_layers
 from extras.part_ranks import move_ranks
 from heterolora import HeteroLoRA, cost, in_eval_mode, rank_costs, set_ranks
 
-SCORE_EXAMPLES = 32  # in whole batches
+SCORE_EXAMPLES = 32  # rounded up to whole batches
 SHARE = 1 / 8  # of the ranks of the start, dropped in a round
 ROUNDS = 8
 

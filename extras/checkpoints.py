@@ -40,6 +40,7 @@ def read_safetensors(path):
         raise InputError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
     header, start = _read_header(path, content)
     entries = sorted(_check_entry(path, name, entry) for name, entry in header.items())
+    # Each tensor begins where the one before ends, and the last one ends with the file.
     begins = [entry[0] for entry in entries] + [size - start]
     ends = [0] + [entry[1] for entry in entries]
     if begins != ends:
@@ -58,7 +59,7 @@ def _read_header(path, content):
     """Return the header of a .safetensors file, and the byte at which its data start."""
     first = bytes(content[:8].numpy())
     start = 8 + int.from_bytes(first, "little")
-    if len(content) < max(start, 8):
+    if len(content) < start:
         raise InputError(f"{path}: truncated: {len(content)} bytes, and the header alone {start}")
     if start > LONGEST_HEADER:
         raise InputError(f"{path}: a header of {start} bytes: want at most {LONGEST_HEADER}")

@@ -1,4 +1,4 @@
-"""Download models of the Hugging Face hub and GLUE tasks into the cache, each of them once.
+"""Download models of the Hugging Face hub and GLUE tasks into the cache, each file once.
 
 $HF_ENDPOINT and $GLUE_ENDPOINT name other servers. What cannot be read does not enter the cache.
 """
@@ -16,7 +16,7 @@ from extras.files import cache_path, lock, write
 from extras.tables import read_glue
 from extras.tokenizers import BPE, WordPiece, load_tokenizer
 from extras.transfer import HUB, NotThere, Refused, address_of, fetch, keep, unfinished
-from extras.vocabularies import read_merges, read_options, read_vocabulary
+from extras.vocabularies import SETTINGS_FILES, read_merges, read_options, read_vocabulary
 
 GLUE_SERVER = ("GLUE_ENDPOINT", "https://dl.fbaipublicfiles.com")
 ZIP_NAMES = {"qnli": "QNLIv2", "qqp": "QQP-clean"}  # the others are named like their folder
@@ -51,8 +51,8 @@ def check_weights(path):
 
 
 HUB_FILES = {  # file of a model on the hub -> a function that raises InputError for anything else
+    **dict.fromkeys(SETTINGS_FILES, read_options),  # they may name tokens that are not supported
     "config.json": read_encoder_config,  # refuses other architectures, before the large files come
-    "tokenizer_config.json": read_options,
     "vocab.txt": functools.partial(check_vocabulary, specials=WordPiece.specials),
     "vocab.json": functools.partial(check_vocabulary, specials=BPE.specials),
     "merges.txt": check_merges,
@@ -84,7 +84,8 @@ def hub_folder(name):
     def get_all():
         if not get("config.json"):
             raise InputError(f"{name} is no folder here, and the hub has no config.json for it")
-        get("tokenizer_config.json")
+        for file in SETTINGS_FILES:
+            get(file)
         if not get("vocab.txt") and not (get("vocab.json") and get("merges.txt")):
             raise InputError(f"{name}: neither vocab.txt nor vocab.json with merges.txt on the hub")
         try:
@@ -116,9 +117,11 @@ def glue_folder(task):
     folder = os.path.join(data_dir, GLUE[task].folder)
     names = ["train.tsv", GLUE[task].dev_file]
     paths = [os.path.join(folder, name) for name in names]
-    if all(os.path.isfile(path) for path in paths):
+    if all(map(os.path.isfile, paths)):
         return data_dir
     with lock(cache_path("lock"), wait=True):
+        if all(map(os.path.isfile, paths)):  # another process was here meanwhile
+            return data_dir
         try:
             if task == "mrpc":
                 contents = download_mrpc(folder)

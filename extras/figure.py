@@ -26,18 +26,16 @@ INSET = 20  # pixels from an edge to the smallest or largest budget
 ROW = 16  # the height of a label, in pixels
 
 
-def choose_points(runs, task, where):
+def choose_runs(runs, task, where):
     """Return the runs of a task that meet the conditions, as extras.evidence.choose does.
 
-    A learning rate is one of adapters: runs that have none, and no budget, keep theirs. Raises
-    InputError.
+    A learning rate in `where` is the adapters': it leaves out no head or full. Raises InputError.
     """
+    lr = [text for text in where if text.startswith("lr=")]
+    runs = choose(runs, task, [text for text in where if text not in lr])
     with_budget = [run for run in runs if "budget" in run.flags]
-    others = [run for run in runs if "budget" not in run.flags and run.flags["task"] == task]
-    points = choose(with_budget, task, where) if with_budget else []
-    if others:
-        points += choose(others, task, [text for text in where if not text.startswith("lr=")])
-    return points
+    others = [run for run in runs if "budget" not in run.flags]
+    return (choose(with_budget, task, lr) if with_budget else []) + others
 
 
 def lines_of(runs, by):
@@ -46,6 +44,7 @@ def lines_of(runs, by):
     A line is named by its values of the flags in `by`. Failed runs are left out. Raises InputError
     if the runs of a point do not differ in their seed alone.
     """
+    by = [flag.replace("-", "_") for flag in by]
     lines = {}
     for run in runs:
         if run.score is None:
@@ -54,7 +53,7 @@ def lines_of(runs, by):
         budget = run.flags.get("budget")
         if budget is not None and not (budget.isdigit() and int(budget) > 0):
             raise InputError(f"budget {budget}: want a number of parameters above 0")
-        point = lines.setdefault(name, {}).setdefault(budget and int(budget), [])
+        point = lines.setdefault(name, {}).setdefault(int(budget) if budget else None, [])
         for other in point:
             check_seeds(run, other, f"{name}, budget {budget}")
         point.append(run)
@@ -190,7 +189,7 @@ def draw(title, lines):
     ]
     bands, curves, ends = [], [], []
     for number, (name, of_line) in enumerate(means.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = COLOURS[number]
         if of_line[0][0] is None:
             curves.append(level(axes, of_line[0][1], colour))
         else:
@@ -214,7 +213,7 @@ def main(argv=None):
         help="flags that tell lines apart")  # fmt: skip
     add("--lines", nargs="+", metavar="NAME[=NEW NAME]", help="draw only these, in this order")
     args = parser.parse_args(argv)
-    runs = choose_points(read_runs(args.file), args.task, args.where)
+    runs = choose_runs(read_runs(args.file), args.task, args.where)
     lines = chosen(lines_of(runs, args.by), args.lines)
     write(args.svg, draw(args.task, lines))
 

@@ -55,11 +55,12 @@ def new_folder(folder):
 
 
 def lock(path, wait=False):
-    """Return an open file that nobody else can lock while it is open, if there are locks.
+    """Open a file, which may be new, and lock it -> the file. Closing it frees the lock.
 
-    Raises InputError if another process has it, unless it is to wait. The lock ends with the
-    process, however it ends.
+    So does the end of the process, however it ends. Raises InputError if another process has it,
+    unless it is to wait. On Windows, and on file systems without locks, it is only opened.
     """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     file = open(path, "w")
     try:
         import fcntl
@@ -75,7 +76,7 @@ def lock(path, wait=False):
 
 def say(line):
     """Print a line. A character that the terminal's encoding lacks is written as an escape."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # it may be redirected to None
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # stdout may be a StringIO, or None
     print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
@@ -85,7 +86,6 @@ def cache_path(*parts):
     if not root:
         user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         root = os.path.join(user_cache, "heterolora")
-    os.makedirs(root, exist_ok=True)
     return os.path.join(root, *parts)
 
 

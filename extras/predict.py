@@ -33,7 +33,7 @@ def predict(model, examples):
 
 
 def check(model, texts, place=""):
-    """Raise InputError if an example has not as many texts as those of the training data."""
+    """Raise InputError unless an example has as many texts as the training examples."""
     if len(texts) != model.texts:
         raise InputError(
             f"{place}the run wants {model.texts} text(s) in an example, not {len(texts)}"

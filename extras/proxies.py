@@ -5,12 +5,12 @@ G = dL/dW = d^T x (d_out, d_in) is the gradient of the full matrix.
 
     name        positive while B = 0    what it costs
     ----        --------------------    -------------
-    fisher      yes                     a pass a batch, and a small one an example and module
-    ablation    no, 0                   a forward pass a batch and module
-    path        no, 0                   a pass a batch
-    host-grad   yes                     a pass a batch, and memory for every G
-    host-snip   yes, 0 for shortcuts    the same
-    spectral    yes                     the same, and the eigenvalues of G G^T
+    fisher      yes                     a pass per batch, and a small one per example and module
+    ablation    no, 0                   a forward pass per batch and module
+    path        no, 0                   a pass per batch
+    host-grad   yes                     a pass per batch, and memory for every G
+    host-snip   yes, 0 for shortcuts    as host-grad
+    spectral    yes                     as host-grad, and the eigenvalues of G G^T
 """
 
 import torch
@@ -45,8 +45,8 @@ def mean_over(batches, model, loss_fn, measure):
 def squared_gradients(adapter, x, d):
     """x (n, ..., d_in), d (n, ..., d_out) -> [sum over the n examples of |dl_i/dB|^2]
 
-    B is taken to be the last parameter with values that `active` names. Another kind than LoRA must
-    name last one whose gradient is not 0 at the start.
+    B is taken to be the last parameter with values that `active` names. In other kinds than LoRA
+    too, that one must have a gradient at the start.
     """
     if x.dim() < 2:
         raise ValueError("fisher: the first dimension of inputs must count examples")
@@ -67,8 +67,8 @@ def fisher(adapter, total):
     """sum over a batch's examples of |dl_i/dB|^2: gradients of opposite sign do not cancel.
 
     loss_fn must be a mean over examples, the first dimension of x must count them, and the module
-    must run once in a pass. (The official code lists a FISHER without implementing it. That of
-    activations, Theis et al. 2018, arXiv 1801.05787, is 0 while B = 0.)
+    must run once in a pass. (The official code lists a FISHER without implementing it. The
+    Fisher score of activations, Theis et al. 2018, arXiv 1801.05787, is 0 while B = 0.)
     """
     return total
 

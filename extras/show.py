@@ -20,6 +20,7 @@ from extras.forest import text
 from heterolora import SHORTCUTS
 
 LEFT, WIDTH = 110, 600  # of the picture: where the allocations begin, and how wide they are
+TOP = 26  # the height of the title
 
 
 def layout(costs):
@@ -182,9 +183,9 @@ def draw(costs, history):
     title = f"{len(layers)} layers down ({layers[0]} on top), {len(history)} allocations across"
     parts = [text(LEFT, 16, title)]
     for i, kind in enumerate(kinds):
-        parts.append(text(LEFT - 8, 26 + (i + 0.5) * strip, kind, 'text-anchor="end"'))
+        parts.append(text(LEFT - 8, TOP + (i + 0.5) * strip, kind, 'text-anchor="end"'))
     for (layer, kind), name in names.items():
-        y = 26 + kinds.index(kind) * strip + layers.index(layer) * row
+        y = TOP + kinds.index(kind) * strip + layers.index(layer) * row
         parts.append(svg_box((LEFT, y, WIDTH, 0.9 * row), 0.05, name))
         # Allocations in a row that give the module the same rank are one box.
         start = 0
@@ -195,7 +196,7 @@ def draw(costs, history):
                 words = f"{name}, allocations {start + 1} to {start + count}: rank {rank}"
                 parts.append(svg_box(box, 0.3 + 0.7 * rank / len(costs[name]), words))
             start += count
-    size = f'viewBox="0 0 {LEFT + WIDTH + 20} {26 + strip * len(kinds):.0f}"'
+    size = f'viewBox="0 0 {LEFT + WIDTH + 20} {TOP + strip * len(kinds):.0f}"'
     style = 'font-family="sans-serif" font-size="11" fill="#4a86d8"'
     start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>'
     return "\n".join([start, *parts, "</svg>\n"])

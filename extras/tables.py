@@ -12,7 +12,7 @@ from data import GLUE, InputError, Task, accuracy, hold_out, read_text
 
 TEXTS = [("sentence1", "sentence2"), ("sentence",), ("text",)]  # the first that are there count
 HELD_OUT = 0.1
-FEW = 20  # so many different labels are classes, in however few rows
+FEW = 20  # up to so many different labels count as classes, however few the rows
 
 
 def load_glue(name, data_dir):
@@ -25,10 +25,9 @@ def load_glue(name, data_dir):
     folder = os.path.join(data_dir, form.folder)
     if not os.path.isdir(folder):
         raise InputError(f"{data_dir} has no {form.folder}/ in it: --data-dir is the folder above")
-    task = Task([], [], form.labels, form.metric)
-    for file, part in (("train.tsv", task.train), (form.dev_file, task.dev)):
-        part += read_glue(os.path.join(folder, file), form)
-    return task
+    paths = [os.path.join(folder, file) for file in ("train.tsv", form.dev_file)]
+    train, dev = [read_glue(path, form) for path in paths]
+    return Task(train, dev, form.labels, form.metric)
 
 
 def read_glue(path, form):

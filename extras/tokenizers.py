@@ -33,8 +33,8 @@ class Tokenizer:
         self.pad_id = vocab[pad]
         self.unk_id = vocab[unk]
         self.mask_id = vocab[mask]
-        # The mask takes the white space before it along, where \x1c to \x1f are control characters,
-        # as in the reference. (?<!...) keeps the search for white space linear.
+        # As in the reference: white space before the mask belongs to it, and \x1c to \x1f are no
+        # white space. (?<!...) keeps the search for white space linear.
         space = r"[^\S\x1c-\x1f]"
         others = "|".join(map(re.escape, self.specials[:-1]))
         self.special_pattern = re.compile(rf"({others}|(?<!{space}){space}*{re.escape(mask)})")
@@ -199,9 +199,9 @@ def stand_in(character):
 
 # Every byte has a letter: a printable one stands for itself, the others take those from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_LETTERS = {byte: chr(byte) for byte in PRINTABLE}
-for byte in range(256):
-    BYTE_LETTERS.setdefault(byte, chr(256 + len(BYTE_LETTERS) - len(PRINTABLE)))
+BYTE_LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 
 
 def merge(letters, ranks):

@@ -84,8 +84,8 @@ def fetch(url, path, check):
     """Download url to path, unless path is there already. Only one process may do so at a time.
 
     check(file) raises InputError if something else came. Only what it accepts is kept.
-    What came before a failure stays, and the next call goes on from there.
-    Raises NotThere for status 404, InputError for other failures.
+    What came before a failure stays, and the next call goes on from there, if the server names the
+    file's version. Raises NotThere for status 404, OSError for the disk, InputError for the rest.
     """
     if os.path.isfile(path):
         return
@@ -112,7 +112,7 @@ def attempt(url, part):
         problem = f"{error.code} {error.reason}"
         if error.code == 404:
             raise NotThere(f"{url}: {problem}") from None
-        if error.code == 416 and os.path.isfile(part):  # longer than it is on the server
+        if error.code == 416 and os.path.isfile(part):  # as long as on the server, or longer
             write(part, "")
         elif error.code < 500 and error.code not in (408, 429):
             raise InputError(f"{url}: {problem}: misspelt, or private (set HF_TOKEN)?") from None

@@ -327,6 +327,10 @@ def test_a_folder_without_config_vocabulary_or_weights_is_filled_up(server, lost
         ({"config__json": b'{"model_type": "t5"}', "model__safetensors": WEIGHTS}, "t5"),
         ({"config__json": ROBERTA, "vocab__json": VOCAB_JSON}, "neither vocab.txt nor"),
         ({"config__json": BERT, "vocab__txt": VOCAB_TXT}, "sharded ones are not read"),
+        (
+            {"config__json": BERT, "vocab__txt": VOCAB_TXT, "added_tokens__json": b'{"[E]": 9}'},
+            r"tokens beside the usual ones are not supported: \[E\]",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_used_is_refused_before_its_weights_come(server, files, message):
@@ -498,6 +502,20 @@ def test_glue_is_downloaded_once_and_taken_out_of_its_zip(
 
 
 A, B = tsv("rte", "a"), tsv("rte", "b")
+
+
+def test_what_another_process_downloaded_meanwhile_is_not_downloaded_again(server, monkeypatch):
+    server.content["/glue/data/RTE.zip"] = zipped(RTE_train=A, RTE_dev=B)
+    lock = downloads.lock
+
+    def lock_after_another(path, wait):
+        monkeypatch.setattr(downloads, "lock", lock)
+        downloads.glue_folder("rte")  # the other process
+        return lock(path, wait)
+
+    monkeypatch.setattr(downloads, "lock", lock_after_another)
+    downloads.glue_folder("rte")
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize(

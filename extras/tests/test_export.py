@@ -259,6 +259,14 @@ def test_peft_finds_a_downloaded_checkpoint_by_its_hub_id(tmp_path, monkeypatch)
     assert config["base_model_name_or_path"] == "google/tiny-bert"
 
 
+def test_an_export_makes_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HETEROLORA_CACHE", str(tmp_path / "cache"))
+    make_checkpoint(tmp_path / "base")
+    answer_with(monkeypatch, make_run(tmp_path / "base"))
+    export.main(["run", "--peft", str(tmp_path / "new")])
+    assert not (tmp_path / "cache").exists()
+
+
 class Other(heterolora.LoRA):
     """Another kind of adapter, which must not be asked while it is off."""
 

@@ -83,8 +83,15 @@ def test_a_learning_rate_in_where_is_not_about_runs_without_adapters():
     held_out = run(1, 90, task="TREC", method="full", lr="5e-05", holdout="0.2")
     other_task = run(1, 90, task="SICK", method="full", holdout="0")
     runs = [*tuned, full, held_out, other_task]
-    assert figure.choose_points(runs, "TREC", ["lr=0.1"]) == [tuned[0], full]
-    assert figure.choose_points(runs, "TREC", []) == [*tuned, full]
+    assert figure.choose_runs(runs, "TREC", ["lr=0.1"]) == [tuned[0], full]
+    assert figure.choose_runs(runs, "TREC", ["budget=1000", "lr=0.1"]) == [tuned[0], full]
+    assert figure.choose_runs(runs, "TREC", []) == [*tuned, full]
+    assert figure.choose_runs([*tuned, held_out], "TREC", []) == tuned
+
+
+def test_a_flag_may_be_written_as_on_the_command_line():
+    runs = [run(1, 70, budget="1000", head_warmup=steps) for steps in ("0", "100")]
+    assert list(figure.lines_of(runs, ["head-warmup"])) == ["0", "100"]
 
 
 def test_failed_runs_are_left_out():

@@ -78,7 +78,8 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch, environm
     for name, value in environment.items():
         monkeypatch.setenv(name, value and f"{tmp_path}{value}")
     assert files.cache_path("hub", "a") == f"{tmp_path}{expected}/hub/a"
-    assert os.path.isdir(f"{tmp_path}{expected}")
+    with files.lock(files.cache_path("lock")):
+        assert os.path.isdir(f"{tmp_path}{expected}")
 
 
 BROKEN_JSON = [b"", b"{", b"[1]", b"\xff{}", b"[" * 100_000, b'{"a": %s}' % (b"9" * 5_000)]
