@@ -37,7 +37,7 @@ def has_slow_linears():
     """Tell whether oneDNN, with a weight arranged for it, beats nn.Linear in float32 here.
 
     nn.Linear calls MKL, which uses no AVX-512 on AMD processors; oneDNN does. On AMD processors
-    with AVX2 but no AVX-512, and on Intel's, MKL was faster: docs/NOTES.md. Timing is not
+    with AVX2 but no AVX-512, and on Intel's, MKL was faster: docs/SPEED.md. Timing is not
     used: it could answer differently, and so round differently, when a run is resumed.
     """
     has_avx512 = torch.cpu.get_capabilities().get("avx512_f", False)
