@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import data
 import extras.proxies  # noqa: F401  registers fisher
 import train
 from data import InputError, Split
-from extras import benchmark, beside_peft, devices, evaluate, fast_cpu
+from extras import benchmark, devices, evaluate, fast_cpu
 from heterolora import SHORTCUTS, TARGETS, Adapted, HeteroLoRA, LoRALinear, inject
 from model import Attention, Classifier, Encoder, EncoderConfig, Layer
 
@@ -504,18 +505,14 @@ def test_the_benchmark_refuses_what_has_nothing_to_search_or_record(capsys):
     assert "--proxy constant" in capsys.readouterr().err
 
 
-def test_beside_peft_says_what_it_needs(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
-    with pytest.raises(SystemExit, match="2"):
-        beside_peft.main(["--train-limit", "8"])
-    assert "pip install transformers peft" in capsys.readouterr().err
-
-
 def test_beside_peft_both_train_the_same_ranks_on_the_same_texts_and_their_times_are_compared(
     monkeypatch, capsys
 ):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
+    beside_peft = types.ModuleType("beside_peft")
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "SPEED.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], vars(beside_peft))
     steps = []
 
     def noted(step):
@@ -529,7 +526,7 @@ def test_beside_peft_both_train_the_same_ranks_on_the_same_texts_and_their_times
     for kind in (beside_peft.Theirs, benchmark.Way):
         monkeypatch.setattr(kind, "step", noted(kind.step))
     flags = ["--train-limit", "64", "--batch-size", "8", "--rank", "4"]
-    beside_peft.main([*flags, "--steps", "3"])
+    beside_peft.compare(train.parse_args(flags + beside_peft.OURS), steps=3)
     theirs, ours = zip(*steps[::2], strict=True), zip(*steps[1::2], strict=True)
     (their_ways, their_texts, their_seconds), (our_ways, our_texts, our_seconds) = theirs, ours
     assert their_texts == our_texts and len(their_texts) == beside_peft.UNCOUNTED + 3
@@ -537,4 +534,4 @@ def test_beside_peft_both_train_the_same_ranks_on_the_same_texts_and_their_times
     assert sum(p.numel() for p in lora) == train.size(our_ways[0].adapters)
     ratios = [a / b for a, b in zip(their_seconds[-3:], our_seconds[-3:], strict=True)]
     printed = capsys.readouterr().out
-    assert f"ratio   | {sum(ratios) / 3:.2f} ± {torch.tensor(ratios).std():.2f}" in printed
+    assert f"ratio {sum(ratios) / 3:.2f} ± {torch.tensor(ratios).std():.2f}" in printed
