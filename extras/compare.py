@@ -130,7 +130,7 @@ CODE = code_checksum()  # of what was imported: the files may change while runs 
 def read_record(path, key, form=None):
     """Return the record of a run with these flags, a model of this form, and a processor as here.
 
-    Or None. A line that is no result is left out, with a warning. Raises InputError.
+    Or None. A line of such a run that is no result is left out, with a warning. Raises InputError.
     """
     here = {"processor": processor_name(), "form": form}  # old records lack the form
     found = None

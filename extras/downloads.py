@@ -51,7 +51,7 @@ def check_weights(path):
 
 
 HUB_FILES = {  # file of a model on the hub -> a function that raises InputError for anything else
-    **dict.fromkeys(SETTINGS_FILES, read_options),  # they may name tokens that are not supported
+    **dict.fromkeys(SETTINGS_FILES, read_options),  # load_tokenizer looks for tokens in them
     "config.json": read_encoder_config,  # refuses other architectures, before the large files come
     "vocab.txt": functools.partial(check_vocabulary, specials=WordPiece.specials),
     "vocab.json": functools.partial(check_vocabulary, specials=BPE.specials),

@@ -18,7 +18,7 @@ from extras.files import write
 from extras.flags import command
 from extras.forest import LETTER, STEPS, opening, segment, text
 from extras.intervals import mean_and_half_width
-from extras.results import read_runs
+from extras.results import read_runs, select
 
 COLOURS = ("#007a5a", "#d55e00", "#696969", "#0072b2", "#aa3377", "#8a6d00", "#000000")
 LEFT, RIGHT, TOP, BOTTOM = 60, 540, 56, 356  # edges of the plot, in pixels
@@ -31,11 +31,13 @@ def choose_runs(runs, task, where):
 
     A learning rate in `where` is the adapters': it leaves out no head or full. Raises InputError.
     """
-    lr = [text for text in where if text.startswith("lr=")]
-    runs = choose(runs, task, [text for text in where if text not in lr])
+    rates = [text.removeprefix("lr=") for text in where if text.startswith("lr=")]
+    runs = choose(runs, task, [text for text in where if not text.startswith("lr=")])
     with_budget = [run for run in runs if "budget" in run.flags]
     others = [run for run in runs if "budget" not in run.flags]
-    return (choose(with_budget, task, lr) if with_budget else []) + others
+    if rates and with_budget:
+        with_budget = select(with_budget, "lr", rates)
+    return with_budget + others
 
 
 def lines_of(runs, by):

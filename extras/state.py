@@ -17,6 +17,7 @@ import heterolora
 from data import InputError
 from extras.checkpoints import read_pickle
 from extras.files import read_json
+from extras.results import WRONG_FORM
 
 
 def checksum(encoder):
@@ -72,7 +73,7 @@ def fitting(path):
     """Turn what goes wrong when content of the wrong form is put back into an InputError."""
     try:
         yield
-    except Exception as error:  # foreign content can go wrong in any way
+    except (*WRONG_FORM, LookupError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
         raise InputError(f"{path} does not fit the run: {reason.splitlines()[0]}") from None
 

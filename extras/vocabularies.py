@@ -52,7 +52,7 @@ def read_merges(path, vocab):
 
 
 def read_options(path):
-    """Return {name: True or False} of a tokenizer_config.json. Without the file it is empty.
+    """Return {name: True or False} of a file such as tokenizer_config.json; without it, {}.
 
     What is null counts as left out. Raises InputError for what is neither true nor false.
     """

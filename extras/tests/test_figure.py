@@ -87,6 +87,9 @@ def test_a_learning_rate_in_where_is_not_about_runs_without_adapters():
     assert figure.choose_runs(runs, "TREC", ["budget=1000", "lr=0.1"]) == [tuned[0], full]
     assert figure.choose_runs(runs, "TREC", []) == [*tuned, full]
     assert figure.choose_runs([*tuned, held_out], "TREC", []) == tuned
+    tuning = run(1, 60, task="TREC", budget="1000", lr="0.1", holdout="0.2")
+    of_tuning = figure.choose_runs([*runs, tuning], "TREC", ["holdout=0.2", "lr=0.1"])
+    assert of_tuning == [tuning, held_out]
 
 
 def test_a_flag_may_be_written_as_on_the_command_line():

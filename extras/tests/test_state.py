@@ -32,7 +32,7 @@ FLIPS = 120  # of single bits in a state
 CASES = 300  # of damaged configs
 
 
-class Interrupted(BaseException):
+class Interrupted(Exception):
     pass
 
 
@@ -262,7 +262,7 @@ STATE_CHANGES = {
 }
 
 
-class Reached(BaseException):
+class Reached(Exception):
     pass
 
 

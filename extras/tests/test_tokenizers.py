@@ -263,10 +263,12 @@ def seconds(make, text, times_tried=1):
     for _ in range(times_tried):
         tokenizer = make()
         gc.disable()  # after a thousand tests a collection takes longer than a text
-        start = time.process_time()
-        tokenizer.encode(text)
-        times.append(time.process_time() - start)
-        gc.enable()
+        try:
+            start = time.process_time()
+            tokenizer.encode(text)
+            times.append(time.process_time() - start)
+        finally:
+            gc.enable()
     return min(times)
 
 
