@@ -15,6 +15,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+from extras.allocators import UNREACHED
 from heterolora import LoRALinear, proxy
 
 
@@ -38,7 +39,11 @@ def real_tokens(model):
 
 @torch.no_grad()
 def feature_norms(model, batches, loss_fn):
-    """Return {adapter: mean NFN over the real tokens of all batches}, of linears."""
+    """Return {adapter: mean NFN over the real tokens of all batches}, of linears.
+
+    Padding is told by the attention mask that the model is called with. Where a linear's inputs
+    have another shape than (B, T, d_in), or no mask is given, padding counts too.
+    """
     totals = {}
     counts = {}
 
@@ -84,9 +89,8 @@ def signed_norms(model, adapters, batches, loss_fn, sign):
 
 
 def fill_up(scores, adapters):
-    """Return the scores of all modules: what has none gets a lower one than all others."""
-    lowest = min(scores.values(), default=0.0) - 1
-    return {name: scores.get(name, lowest) for name in adapters}
+    """Return the scores of all modules. What has none comes last, with every allocator."""
+    return {name: scores.get(name, UNREACHED) for name in adapters}
 
 
 @proxy("misalignment", measure=None)

@@ -9,6 +9,7 @@ import torch
 from heterolora import ALLOCATORS, SHORTCUTS, allocator, greedy
 
 BY_LAYERS = ("first-layers", "middle-layers", "last-layers")  # these need no scores
+UNREACHED = -1e30  # the score of a linear that no input reached: below all others
 
 
 def price_of(costs, ranks):
@@ -174,12 +175,14 @@ def within_layer(scores, costs, budget, generator):
     """Take whole modules as greedy does, by each score divided by the mean |score| in its layer.
 
     Where layers have one module each, all shares are 1 (or -1), and the choice is a random draw.
+    Linears that no input reached count in no mean, and stay last.
     """
-    shares = {}
+    shares = dict.fromkeys(scores, UNREACHED)
     for names in layers_of(scores):
-        mean = sum(abs(total(scores[name])) for name in names) / len(names)
-        for name in names:
-            shares[name] = total(scores[name]) / mean if mean else 0.0
+        reached = {name: total(scores[name]) for name in names if scores[name] != UNREACHED}
+        mean = sum(map(abs, reached.values())) / max(1, len(reached))
+        for name, score in reached.items():
+            shares[name] = score / mean if mean else 0.0
     return greedy(shares, costs, budget, generator)
 
 

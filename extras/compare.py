@@ -88,13 +88,13 @@ def prepare(args, argv):
     The budget is in parameters; a share, such as 25%, is of the search space that argv describes.
     """
     common = train.parse_args(argv)
-    if common.out or common.resume or common.seed != 0 or common.method != "dynamic":
-        taken = "want --results, --seeds and contenders"
+    if common.out or common.resume or common.holdout or common.seed or common.method != "dynamic":
+        taken = "want --results, --seeds, a whole --holdout, and contenders"
         raise InputError(f"compare takes no --out, --resume, --seed or --method: {taken}")
     if args.holdout and len(args.lr) > 1:
         raise InputError("--holdout with several --lr: both would choose on the same part")
     task, _, model, _ = train.prepare(common)
-    # Taken before --holdout, so that runs with it can be those of tuning.
+    # Of the whole data, so that a run with --holdout 0.2 can be one of tuning.
     data_checksum = zlib.crc32(repr((task.train, task.dev)).encode())
     if args.lr:
         argv = [*argv, f"--lr={args.lr[0]}"]
@@ -146,7 +146,7 @@ def read_record(path, key, form=None):
 
 
 def check_result(result):
-    """Raise one of WRONG_FORM for a result that `table` cannot show."""
+    """Raise one of WRONG_FORM for a result that `table` cannot show, alone or beside another."""
     table({"": argparse.Namespace(method="", lr=0.0)}, {"": {0: result, 1: result}})
     in_words(result)
     if "failed" not in result:

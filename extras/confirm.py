@@ -12,8 +12,8 @@ parameters. Two more tables compare LoRA on v with the baselines. The protocol d
 Only the first command, with or without a picture, gives the answer. The others show tables, and
 judge nothing. With another --budget, the tasks are those that were run with it; with all, p is
 corrected for all tasks and budgets together. With --lr, all rows have that rate, and the paper's
-searches are there too if they were run. The runs of your own tasks need the rows, rates and seeds
-of the protocol.
+searches are there too if all tasks have them. The runs of your own tasks need the rows, rates and
+seeds of the protocol.
 """
 
 import argparse
@@ -57,7 +57,7 @@ ROWS = FIRST_PART | PAPER
 
 
 def runs_of(runs, name, **flags):
-    """Return the runs of a row that have these flags too. No row has --init."""
+    """Return the runs of a row that have these flags too. Those with --init belong to no row."""
     wanted = (ROWS[name] | flags).items()
     return [run for run in runs if wanted <= run.flags.items() and "init" not in run.flags]
 
@@ -238,8 +238,10 @@ def main(argv=None):
     shown = []
     lr = None if args.lr is None else f"{args.lr:g}"
     if lr:
-        at = {"budget": args.budget, "lr": lr, "task": args.tasks[0]}
-        shown = [name for name in PAPER if runs_of(runs, name, **at)]
+        at = {"budget": args.budget, "lr": lr}
+        for name in PAPER:
+            if all(runs_of(runs, name, task=task, **at) for task in args.tasks):
+                shown.append(name)
     names = [*FIRST_PART, *shown]
     if args.budget == "all":
         rows = rows_of_budgets(runs, names, args.tasks)

@@ -81,6 +81,8 @@ def chosen(lines, wanted):
         name, _, new_name = line.partition("=")
         if name not in lines:
             raise InputError(f"no line is called {name!r}; there are: {', '.join(lines)}")
+        if (new_name or name) in renamed:
+            raise InputError(f"two lines are called {new_name or name!r}: give each another name")
         renamed[new_name or name] = lines[name]
     return renamed
 
@@ -138,7 +140,11 @@ class Axes:
 
 
 def band(axes, means, colour):
-    """Return the area between the ends of a line's intervals."""
+    """Return the area between the ends of a line's intervals; of one budget, the interval."""
+    if len(means) == 1:
+        (budget, mean, half) = means[0]
+        x = axes.x(budget)
+        return segment(x, axes.y(mean - half), x, axes.y(mean + half), colour, 2)
     corners = [(budget, mean + half) for budget, mean, half in means]
     corners += [(budget, mean - half) for budget, mean, half in reversed(means)]
     path = " ".join(f"{axes.x(budget):.1f},{axes.y(score):.1f}" for budget, score in corners)

@@ -68,7 +68,8 @@ def mean_and_half_width(values):
 def detectable(differences):
     """Return the smallest true mean difference that so many pairs detect in four cases of five.
 
-    "Detect" means that the 95 % interval, uncorrected, does not hold 0.
+    "Detect" means that the 95 % interval, uncorrected, does not hold 0. An approximation, by a
+    shifted t: with two or three pairs it is rather three cases of four.
     """
     degrees = len(differences) - 1
     error = statistics.stdev(differences) / math.sqrt(len(differences))

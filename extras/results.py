@@ -177,10 +177,10 @@ def is_same(text, other):
 
 
 def is_pair(run, other):
-    """Return whether both runs ended, on the same data and the same kind of processor."""
+    """Return whether both runs ended, with the same data, metric and kind of processor."""
     if run.score is None or other.score is None:
         return False
-    same = ("processor", "data_checksum", "train_limit", "holdout")
+    same = ("processor", "data_checksum", "train_limit", "holdout", "metric")
     return all(run.flags.get(flag) == other.flags.get(flag) for flag in same)
 
 

@@ -55,6 +55,21 @@ def test_a_linear_that_no_input_reaches_is_bought_last():
             assert scores["unused"] < scores["used"]
 
 
+@pytest.mark.parametrize("allocator", ["greedy", "greedy-ranks", "breadth", "within-layer"])
+def test_a_layer_that_no_input_reaches_is_bought_last_by_every_allocator(allocator):
+    layers = [nn.ModuleDict({"q": nn.Linear(4, 3), "v": nn.Linear(4, 3)}) for _ in range(2)]
+    model = nn.ModuleDict({"0": layers[0], "1": layers[1]})
+    nn.init.constant_(model["0"]["v"].weight, 1.0)  # NFN 2: the worst score of its layer
+    adapters = inject(model, ["q", "v"], [], 1, 2)
+
+    def loss_fn(model, x):
+        return (model["0"]["q"](x) + model["0"]["v"](x)).sum()
+
+    search = HeteroLoRA(model, adapters, 14, loss_fn, "alignment", allocator)  # two modules of 7
+    ranks = search.reallocate([torch.ones(5, 4)])["ranks"]
+    assert ranks == {"0.q": 1, "0.v": 1, "1.q": 0, "1.v": 0}
+
+
 def test_a_linear_that_no_input_reaches_does_not_count_for_its_type():
     layers = [nn.ModuleDict({"q": nn.Linear(4, 3), "v": nn.Linear(4, 3)}) for _ in range(2)]
     model = nn.ModuleDict({"0": layers[0], "1": layers[1]})

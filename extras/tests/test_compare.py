@@ -272,6 +272,7 @@ def test_a_run_that_diverges_is_counted_and_kept(runs, capsys):
         "lora lora:metric=f1",
         "lora --out folder",
         "lora --seed 3",
+        "lora --hold 0.2",
         "lora --method static",
         "lora --seeds -1",
         "lora --results no-such-folder/results.jsonl",

@@ -172,6 +172,14 @@ def test_runs_at_a_common_rate_are_shown_and_judge_nothing(tuning, judge, tmp_pa
     text = judge(runs, "--lr", "0.01", "--svg", str(tmp_path / "forest.svg"))
     assert "| paper, static | 60.00 ± 0.00 (0.01) |" in text and "beats both" not in text
     assert "all rows at learning rate 0.01" in (tmp_path / "forest.svg").read_text()
+    for task in (confirm.TASKS[0], confirm.TASKS[-1]):  # a search that lacks a task is left out
+        some = [
+            run
+            for run in runs
+            if run["flags"]["method"] != "dynamic" or run["flags"]["task"] != task
+        ]
+        text = judge(some, "--lr", "0.01")
+        assert "| paper, static | 60.00" in text and "paper, dynamic" not in text
 
 
 def test_another_budget_is_shown_at_the_rates_of_the_first_and_judges_nothing(tuning, judge):

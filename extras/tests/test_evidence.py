@@ -242,8 +242,8 @@ def test_the_same_seeds_on_another_processor_are_another_row(show):
     assert "`lora processor=A`" in table and "`lora processor=B`" in table
 
 
-@pytest.mark.parametrize("flag", ["processor", "data_checksum"])
-def test_runs_on_other_data_or_another_processor_are_not_compared(show, flag):
+@pytest.mark.parametrize("flag", ["processor", "data_checksum", "metric"])
+def test_runs_with_other_data_metric_or_processor_are_not_compared(show, flag):
     lines = []
     for method, value in [("lora", "A"), ("static", "B"), ("head", "A")]:
         for seed in (0, 1):

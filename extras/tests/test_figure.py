@@ -69,6 +69,19 @@ def test_budgets_are_on_a_log_scale():
     assert third - first == pytest.approx(3 * (second - first), abs=0.2)
 
 
+def test_the_interval_of_a_line_with_one_budget_is_seen():
+    one = [run(seed, score, budget="1000") for seed, score in enumerate((70, 72, 74))]
+    marks = drawn(one)
+    at = {mark.text: numbers(mark, "y")[0] - 4 for mark in marks["text"]}
+    pixels = (at["75"] - at["70"]) / 5  # for a point
+    (point,) = marks["circle"]
+    (interval,) = [mark for mark in marks["line"] if mark.get("stroke") == figure.COLOURS[0]]
+    low, high = numbers(interval, "y1")[0], numbers(interval, "y2")[0]
+    assert numbers(interval, "x1") == numbers(interval, "x2") == numbers(point, "cx")
+    assert (low + high) / 2 == pytest.approx(numbers(point, "cy")[0], abs=0.1)
+    assert high - low == pytest.approx(2 * 4.968 * pixels, abs=0.2)  # Student's t, n = 3, sd 2
+
+
 def test_names_of_lines_that_end_together_stand_apart():
     runs = [run(1, 70, budget="1000", targets=targets) for targets in ("q", "k", "v")]
     marks = drawn(runs, ["lora v=LoRA on v", "lora q", "lora k"])
@@ -116,6 +129,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys):
         (line + other_seed.replace('"budget"', '"size"'), [], "with and without a budget"),
         (line.replace("1000", "0"), [], "budget 0: want a number of parameters above 0"),
         ("".join(line.replace("lora", f"m{i}") for i in range(9)), [], "9 lines: choose at most 7"),
+        (line, ["--lines", "lora q=a", "lora q=a"], "two lines are called 'a': give each another"),
         (line, ["--where", "budget"], "--where budget: want FLAG=VALUE"),
         (no_budget, [], "no run that ended has a budget"),
     ]:

@@ -45,6 +45,11 @@ def won(gain, rules=("ours", "other"), spreads=(1, 1, 1, 1)):
     return power.tasks_won(noise[None], [family, family], "ours", gain).item()
 
 
+def test_differences_that_are_all_equal_show_nothing():
+    assert not won(5.0, spreads=(0, 1, 1, 1))
+    assert won(5.0, spreads=(1, 0, 1, 0))  # and they do not spoil the correction of the others
+
+
 def test_a_task_is_won_if_the_rule_beats_both_baselines():
     assert won(5.0)
     assert not won(5.0, spreads=(100, 1, 1, 1))
