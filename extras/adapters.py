@@ -264,7 +264,10 @@ def settle_kind(args):
     is_bought = args.method in ("static", "dynamic") or args.allocator in BY_LAYERS
     if args.adapter in TIED and is_bought:
         reason = f"modules of {args.adapter} share A and B, and cannot be bought one by one"
-        raise InputError(f"{reason}: use --method lora, without an --allocator")
+        advice = (
+            f"--method lora without an --allocator; in extras.compare lora:adapter={args.adapter}"
+        )
+        raise InputError(f"{reason}: use {advice}")
     if args.init == "gradient" and args.adapter != "lora":
         raise InputError(f"--init gradient is for LoRA, and not for --adapter {args.adapter}")
 

@@ -48,8 +48,8 @@ def group(runs):
     """Return {label: row}, in the order of the file; a row is {seed: run}.
 
     A label shows a flag if it has several values, or if some runs of a method have it and some not.
-    A usual value is not shown: it counts as the value where the flag is missing. Raises InputError
-    for two runs with the same flags and seed.
+    A usual value is not shown. A run that lacks the flag has the same label as one with the usual
+    value. Raises InputError for two runs with the same flags and seed.
     """
     values = {}  # {flag: its values}
     common = {}  # {method: the flags that all its runs have}

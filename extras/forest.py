@@ -60,8 +60,8 @@ def draw(title, baseline, gains):
     labels = [f"{label}, n = {len(gain.differences)}" for label, gain in gains.items()]
     subtitle = f"minus {baseline}: mean and uncorrected 95 % interval, in points"
     beside = LETTER * max(map(len, labels))  # pixels left of the plot
-    above = LETTER * max(len(title), len(subtitle)) - 2 * REACH
-    left = -REACH - 30 - max(beside, above)
+    over = LETTER * max(len(title), len(subtitle)) - 2 * REACH  # pixels that the title needs more
+    left = -REACH - 30 - max(beside, over)
     width = REACH + 30 - left
     bottom = TOP + ROW * len(gains)
     marks = [

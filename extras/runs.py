@@ -43,7 +43,7 @@ def resumed_args(parser, args, argv):
 
     Raises InputError if there is no run, and exits as argparse does if other flags are given.
     """
-    # A value that is there keeps argparse's default out, so what is not None was given.
+    # argparse gives a default only to flags that have no value yet. So what is not None was given.
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = vars(parser.parse_args(argv, unset))
     given = {name: value for name, value in given.items() if value is not None}
