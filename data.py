@@ -30,7 +30,7 @@ class InputError(ValueError):
 
 
 # ------------------------------------------------------------------------------------- metrics
-# Each takes two lists of class numbers and gives {name: value}, the main one first. 1 is positive.
+# A metric turns two lists of class numbers into {name: value}, the main one first. 1 is positive.
 
 
 def accuracy(predictions, labels):

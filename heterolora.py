@@ -38,6 +38,7 @@ A static search does steps 2 to 4 once, before training; a dynamic one again and
 
 import contextlib
 import dataclasses
+import functools
 import math
 import warnings
 import zlib
@@ -67,16 +68,16 @@ class LoRA(nn.Module):
         bound = 1 / math.sqrt(d_in)
         self.A = nn.Parameter(torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator))
         self.B = nn.Parameter(torch.zeros(d_out, rank))
-        self.rank = rank  # how many ranks are on: the first ones
+        self.rank = rank  # how many ranks are on: the first ones; a state_dict does not have it
         self.max_rank = rank
         self.scale = alpha / rank  # fixed, so that switching a rank does not rescale the others
 
     def active(self, rank):
-        """Return [(parameter, slices)]: of all that trains, the part that `rank` uses; 0: none."""
+        """Return [(parameter, slices)]: of all that trains, what `rank` ranks use; 0: nothing."""
         return [(self.A, (slice(rank), slice(None))), (self.B, (slice(None), slice(rank)))]
 
     def attach(self, name, host, adapters):
-        """Read the host's weight, or share parameters of `adapters` injected so far; LoRA: no."""
+        """For other kinds: read the host's weight, or share parameters of `adapters` before it."""
 
     def forward(self, x, rank=None):
         """x (..., d_in) -> dW x (..., d_out) with `rank` ranks; None: with those that are on"""
@@ -225,7 +226,7 @@ def adapter_gradients(adapter, x, d):
 def recording(model, measure, sums):
     """Add measure(adapter, x, d), a list of tensors, to sums[adapter] in every backward pass.
 
-    Gives a list that fills with the graph's edges at all y, for autograd.grad. No value changes.
+    Gives a list that collects an autograd edge for every y, for autograd.grad. No value changes.
     """
     outputs = []
 
@@ -237,7 +238,7 @@ def recording(model, measure, sums):
         version = x._version
         if y is None:  # a shortcut that is off: zeros change no sum, and have a gradient
             y = torch.zeros_like(x)
-        if not y.requires_grad:  # nothing below is trained: a leaf, so that backward comes here
+        if not y.requires_grad:  # nothing before y is trained: a leaf, so that backward gets here
             y = y.detach().requires_grad_()
         y = y.clone()  # y may be x itself, used elsewhere too; a leaf may not be changed in place
 
@@ -274,8 +275,8 @@ def proxy(name, measure=adapter_gradients):
     """
 
     def _register(function):
-        function.measure = measure
-        PROXIES[name] = function
+        PROXIES[name] = functools.partial(function)  # its own: a function may have several names
+        PROXIES[name].measure = measure
         return function
 
     return _register
@@ -301,8 +302,7 @@ def snip(adapter, *gradients):
     is a random draw. Only the drawn modules train and leave B = 0, so they win ever after.
     """
     parameters = [p for p in adapter.parameters() if p.requires_grad]
-    products = [(p * g).abs().sum() for p, g in zip(parameters, gradients, strict=True)]
-    return sum(products)
+    return sum((p * g).abs().sum() for p, g in zip(parameters, gradients, strict=True))
 
 
 # ---------------------------------------------------------------------------------- allocators

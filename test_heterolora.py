@@ -772,7 +772,7 @@ def run(*flags, out=None):
         (["--task", "mrpc"], "needs --model"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--device", "abacus"], "--device abacus"),
-        (["--device", "hpu"], "--device hpu"),
+        (["--device", "mps"], "--device mps: want cpu or cuda"),
         (["--device", "meta"], "--device meta"),
         (["--method", "full", "--precision", "int8"], "no frozen weights"),
         (["--method", "head", "--budget", "much"], "budget 'much'"),

@@ -4,8 +4,8 @@
     python train.py --task mrpc --model roberta-base --out runs/a  # GLUE and a real checkpoint
     python train.py --resume runs/a                                # after Ctrl-C or a crash
 
-The methods are HeteroLoRA (dynamic, static) and its baselines: lora (the same rank everywhere),
-head (no adapters) and full (every weight). Read `train` top to bottom, then `fit`, its loop.
+The methods are HeteroLoRA (dynamic, static), two other searches (extras/), and the baselines: lora
+(no search), head (no adapters), full (every weight). Read `train` top to bottom, then `fit`.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--budget", help="25%%, 0.25 or 12000 parameters (25%%; for lora 100%%)")
     add("--targets", type=names, default="q,v", help="linears: all, none, or of q,k,v,o,fc1,fc2")
     add("--shortcuts", type=names, default="all", help="all, none, or some: see heterolora.py")
-    add("--rank", type=whole, help="r_max, the rank of a module that is on (8 or what fits)")
+    add("--rank", type=whole, help="r_max, the most ranks of a module (8 or what fits)")
     add("--alpha", type=positive, default=16.0, help="scale is alpha / rank (16)")
     add("--shortcut-alpha", type=positive, default=4.0, help="the same for shortcuts (4)")
     add("--adapter", choices=heterolora.ADAPTERS, default="lora", help="see extras/adapters.py")
@@ -130,7 +130,7 @@ def prepare(args):
 def build(args, num_labels):
     """Build the model of a run -> tokenizer, model, adapters. Raises InputError."""
     from extras.adapters import check_what_trains, choose_kind
-    from extras.setup import read_checkpoint
+    from extras.setup import connections, read_checkpoint
     from extras.state import checksum, form
 
     tokenizer, encoder = read_checkpoint(args)
@@ -141,7 +141,7 @@ def build(args, num_labels):
         args.budget = None
         return tokenizer, model, {}
     targets = heterolora.TARGETS if args.targets == ["all"] else args.targets
-    shortcuts = heterolora.SHORTCUTS if args.shortcuts == ["all"] else args.shortcuts
+    shortcuts = connections(encoder) if args.shortcuts == ["all"] else args.shortcuts
     try:
         kind = choose_kind(args, encoder, targets, shortcuts)
         settings = (args.rank, args.alpha, args.shortcut_alpha)
@@ -154,7 +154,7 @@ def build(args, num_labels):
     if not adapters:
         raise InputError("the search space is empty: give --targets or --shortcuts")
     default = "100%" if args.method == "lora" else "25%"
-    if isinstance(args.budget, int):  # from usual_rank or extras.compare; text has to fit as it is
+    if isinstance(args.budget, int):  # from usual_rank or extras.compare: lowered to what fits
         args.budget = str(min(args.budget, size(adapters)))
     args.budget = str(parse_budget(args.budget or default, size(adapters)))
     return tokenizer, model, adapters
@@ -231,7 +231,7 @@ def train(args):
     """Do one whole run -> its result, as result.json holds it (docs/REFERENCE.md)
 
     Raises InputError for bad input before any training, FloatingPointError if the loss is not
-    finite, and KeyboardInterrupt after Ctrl-C, when the state has been saved.
+    finite, and KeyboardInterrupt after Ctrl-C. With --out the first Ctrl-C saves the state.
     """
     from extras import fast_cpu, runs, setup
     from extras.allocators import plain_lora
@@ -272,7 +272,7 @@ def train(args):
     progress = state.progress
     run.data_checksum = [data_checksum(split, task.labels) for split in (train_set, dev_set)]
 
-    with StopSignal() as stop:  # Ctrl-C lets the first allocation or a step end, and is saved then
+    with StopSignal() as stop:  # Ctrl-C lets the first allocation or a step end; then it is saved
         if run.has_state():
             run.load(state)
         elif search:
@@ -297,7 +297,7 @@ def train(args):
 
 
 def fit(args, run, state, total, steps_per_epoch, train_set, dev_set, metric, stop):
-    """Train from the state's step to the last one, `total`. Every name is explained in `train`."""
+    """Train from the state's step to the last one, `total`. All arguments are made in `train`."""
     model, adapters, search = state.model, state.adapters, state.search
     progress = state.progress
     realloc_every = max(1, round(args.realloc_every * steps_per_epoch))

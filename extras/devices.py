@@ -18,6 +18,8 @@ def find_device(name=None):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("want cpu or cuda; others were never tried")
         torch.ones(1, device=device).item()  # fails on a device that is not there, or holds no data
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None

@@ -13,6 +13,7 @@ from extras.allocators import BY_LAYERS
 from extras.alora import SCORE_EXAMPLES, ALoRA
 from extras.checkpoints import find_checkpoint
 from extras.flags import parse_budget
+from heterolora import SHORTCUTS
 from model import load_pretrained
 
 EPOCHS = {"mrpc": 5, "rte": 10, "cola": 5, "sst2": 1, "qnli": 1, "qqp": 1, "mnli": 1}
@@ -75,6 +76,12 @@ def read_checkpoint(args):
     args.max_length = min(args.max_length, encoder.max_length)
     tokenizer.encode("", "", args.max_length)  # refuses a length without room for a pair
     return tokenizer, encoder
+
+
+def connections(encoder):
+    """Return the kinds of connections that an encoder has: a single layer has no shortcut_ffn."""
+    there = {name.split(".")[-1] for name, _ in encoder.named_modules()}
+    return [kind for kind in SHORTCUTS if kind in there]
 
 
 def place(args, task, model):

@@ -139,9 +139,12 @@ class State:
     def collect(self):
         """Read the loss, and return everything as plain values and tensors.
 
-        Raises FloatingPointError if the loss is not finite, so that such a state is never saved.
+        Raises FloatingPointError if the loss or a weight is not finite: such a state is not saved.
         """
         self.progress.read_loss()
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            where = f"at step {self.progress.step} or shortly before"
+            raise FloatingPointError(f"a weight is not finite {where}: try a lower --lr")
         state = {
             "progress": dataclasses.asdict(self.progress),
             "trained": {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad},

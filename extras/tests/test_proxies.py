@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import extras.proxies  # noqa: F401  it registers the scores
+import heterolora
+from extras.proxies import host_gradient  # the import registers the scores
 from heterolora import SHORTCUTS, TARGETS, HeteroLoRA, inject, set_ranks
 from model import Classifier, Encoder, EncoderConfig
 
@@ -79,6 +80,17 @@ def test_host_grad_is_the_squared_gradient_of_the_full_matrix(search_space):
     for name, G in autograd_host_gradients(*search_space).items():
         assert scores[name] == pytest.approx(float(adapters[name].scale ** 2 * (G**2).sum()))
         assert scores[name] > 0
+
+
+def test_a_function_may_score_what_two_measures_give_under_two_names(search_space, monkeypatch):
+    monkeypatch.setattr(heterolora, "PROXIES", dict(heterolora.PROXIES))
+    before = score("grad-norm", *search_space)
+    heterolora.proxy("norm-of-G", host_gradient)(heterolora.grad_norm)
+    assert score("grad-norm", *search_space) == before
+    name = "encoder.layers.1.v"
+    scale = search_space[1][name].scale
+    squared = score("host-grad", *search_space)[name]
+    assert score("norm-of-G", *search_space)[name] == pytest.approx(squared**0.5 / scale)
 
 
 def test_spectral_is_the_largest_singular_values_squared(search_space):

@@ -1,5 +1,6 @@
 """Claims about the folder of a run: resumed, finished, loaded, and with another kind of adapter."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -28,6 +29,16 @@ from test_heterolora import SMALL, copy_builtin, inject, read_losses, run
 def test_a_new_run_does_not_take_files_that_lie_in_its_folder_for_its_own(tmp_path, file):
     (tmp_path / file).write_text("{}")
     assert run("--method", "head", out=tmp_path) == 2
+
+
+def test_an_encoder_of_one_layer_has_the_three_connections_that_it_can_have(monkeypatch, capsys):
+    config = setup.load_pretrained(setup.find_checkpoint("built-in")).config
+    short = dataclasses.replace(config, num_hidden_layers=1)
+    monkeypatch.setattr(setup, "load_pretrained", lambda folder: Encoder(short))
+    assert run("--shortcuts", "all") == 0
+    assert "model   5 modules," in capsys.readouterr().out  # q, v and three connections
+    assert run("--shortcuts", "shortcut_ffn") == 2
+    assert "no 'shortcut_ffn'" in capsys.readouterr().err
 
 
 def test_a_run_that_broke_off_before_its_first_state_begins_anew(tmp_path, monkeypatch, capsys):
@@ -172,6 +183,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
     assert "the loss is not finite at step" in capsys.readouterr().err
     state = torch.load(tmp_path / "state.pt")
     assert state["progress"]["step"] == 0
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+    """A gradient can be infinite where the loss is not: the next loss would tell, too late."""
+    stop_after(monkeypatch, 3)
+    loss_fn = train.loss_fn
+    counter = itertools.count(1)
+
+    def break_the_third_gradient(model, batch):
+        loss = loss_fn(model, batch)
+        factor = math.inf if next(counter) == 3 else 1.0
+        loss.register_hook(lambda gradient: gradient * factor)
+        return loss
+
+    monkeypatch.setattr(train, "loss_fn", break_the_third_gradient)
+    assert run("--method", "lora", "--max-steps", "9", out=tmp_path) == 1
+    assert "a weight is not finite at step 3 or shortly before" in capsys.readouterr().err
+    assert torch.load(tmp_path / "state.pt")["progress"]["step"] == 0
 
 
 def stop_after(monkeypatch, steps):
