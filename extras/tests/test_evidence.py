@@ -338,6 +338,32 @@ def test_the_commands_of_the_results_print_the_tables_beside_them(capsys, docume
 
 
 @pytest.mark.usefixtures("files_are_read_once")
+def test_the_second_test_is_judged_by_p_corrected_for_its_three_tasks():
+    runs = results.read_runs(str(DOCS / "second-test.jsonl.gz"))
+    text = (DOCS / "RESULTS.md").read_text(encoding="utf-8")
+
+    def row(task, flag, value):
+        found = [run for run in runs if run.flags["task"] == task and run.flags.get(flag) == value]
+        return {run.seed: run for run in found}
+
+    for name, flag, value in [
+        ("LoRA on q and v", "targets", "q,v"),
+        ("random linears", "allocator", "random-linears"),
+        ("LoRA on v", "targets", "v"),
+    ]:
+        gains = []
+        for task in ("mrpc", "rte", "cola"):
+            rule = row(task, "allocator", "within-layer")
+            gains.append(results.gain_over(rule, row(task, flag, value)))
+        corrected = intervals.holm([intervals.p_value(gain.differences) for gain in gains])
+        cells = []
+        for gain, p in zip(gains, corrected, strict=True):
+            ends = f"[{gain.mean - gain.half:+.2f}, {gain.mean + gain.half:+.2f}]"
+            cells.append(f"{gain.mean:+.2f} {ends}, p = {p:.3f}")
+        assert f"| {name} | {' | '.join(cells)} |\n" in text
+
+
+@pytest.mark.usefixtures("files_are_read_once")
 @pytest.mark.parametrize(
     "task, budget, processor",
     [
