@@ -230,8 +230,8 @@ def update(model, adapters, optimizer, schedule):
 def train(args):
     """Do one whole run -> its result, as result.json holds it (docs/REFERENCE.md)
 
-    Raises InputError for bad input before any training, FloatingPointError if the loss is not
-    finite, and KeyboardInterrupt after Ctrl-C. With --out the first Ctrl-C saves the state.
+    Raises InputError for bad input before any training, FloatingPointError if a loss or weight is
+    not finite, KeyboardInterrupt after Ctrl-C. With --out the first Ctrl-C saves the state.
     """
     from extras import fast_cpu, runs, setup
     from extras.allocators import plain_lora

@@ -89,7 +89,7 @@ def signed_norms(model, adapters, batches, loss_fn, sign):
 
 
 def fill_up(scores, adapters):
-    """Return the scores of all modules. What has none comes last, with every allocator."""
+    """Return the scores of all modules. What has none comes last, where scores count."""
     return {name: scores.get(name, UNREACHED) for name in adapters}
 
 

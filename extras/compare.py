@@ -89,7 +89,7 @@ def prepare(args, argv):
     """
     common = train.parse_args(argv)
     if common.out or common.resume or common.holdout or common.seed or common.method != "dynamic":
-        taken = "want --results, --seeds, a whole --holdout, and contenders"
+        taken = "want --results, --seeds, --holdout in full, and contenders"
         raise InputError(f"compare takes no --out, --resume, --seed or --method: {taken}")
     if args.holdout and len(args.lr) > 1:
         raise InputError("--holdout with several --lr: both would choose on the same part")

@@ -135,6 +135,20 @@ def rows_of_tasks(runs, names, tasks=TASKS, lr=None, budget=BUDGET):
     return rows
 
 
+def searches_of_all(runs, tasks, lr, budget):
+    """Return the names of the paper's searches that were run on all tasks of this budget."""
+    at = {"budget": budget, "holdout": "0"}
+    at_budget = []
+    for task in tasks:
+        if any(runs_of(runs, name, task=task, **at) for name in FIRST_PART):
+            at_budget.append(task)
+    found = []
+    for name in PAPER:
+        if all(runs_of(runs, name, task=task, lr=lr, **at) for task in at_budget):
+            found.append(name)
+    return found
+
+
 def rows_of_budgets(runs, names, tasks):
     """Return {"task, budget": {name: row}} of all budgets that were run. Raises InputError."""
     budgets = set()
@@ -238,10 +252,7 @@ def main(argv=None):
     shown = []
     lr = None if args.lr is None else f"{args.lr:g}"
     if lr:
-        at = {"budget": args.budget, "lr": lr}
-        for name in PAPER:
-            if all(runs_of(runs, name, task=task, **at) for task in args.tasks):
-                shown.append(name)
+        shown = searches_of_all(runs, args.tasks, lr, args.budget)
     names = [*FIRST_PART, *shown]
     if args.budget == "all":
         rows = rows_of_budgets(runs, names, args.tasks)

@@ -83,7 +83,7 @@ def lora_first(rows):
 def gains_over(rows, baseline):
     """Return {label: Gain} of the rows that have one; the baseline, a label, has none.
 
-    Runs on other data or another kind of processor than the baseline's are not compared with it.
+    Runs with other data, metric or kind of processor than the baseline's are not compared with it.
     Raises InputError if there is no such label.
     """
     if baseline not in rows:

@@ -34,7 +34,7 @@ class Plan:
     ranks: dict  # rank_pattern: {pattern of a module's name: rank}
     alphas: dict  # alpha_pattern, which keeps alpha / rank the same for all
     modules: dict  # {module name: rank}, without those of rank 0
-    scores: dict  # {module name: score, or a list with one for each rank}, of all
+    scores: dict  # {module name: score, or a list with one for each rank}, of all; see the proxy
     parameters: int  # that the ranks cost
 
 

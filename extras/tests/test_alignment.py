@@ -55,8 +55,11 @@ def test_a_linear_that_no_input_reaches_is_bought_last():
             assert scores["unused"] < scores["used"]
 
 
-@pytest.mark.parametrize("allocator", ["greedy", "greedy-ranks", "breadth", "within-layer"])
-def test_a_layer_that_no_input_reaches_is_bought_last_by_every_allocator(allocator):
+BY_SCORE = ["greedy", "greedy-ranks", "greedy-separated", "breadth", "within-layer"]
+
+
+@pytest.mark.parametrize("allocator", BY_SCORE)
+def test_a_layer_that_no_input_reaches_is_bought_last_where_scores_count(allocator):
     layers = [nn.ModuleDict({"q": nn.Linear(4, 3), "v": nn.Linear(4, 3)}) for _ in range(2)]
     model = nn.ModuleDict({"0": layers[0], "1": layers[1]})
     nn.init.constant_(model["0"]["v"].weight, 1.0)  # NFN 2: the worst score of its layer

@@ -346,21 +346,26 @@ def test_the_second_test_is_judged_by_p_corrected_for_its_three_tasks():
         found = [run for run in runs if run.flags["task"] == task and run.flags.get(flag) == value]
         return {run.seed: run for run in found}
 
-    for name, flag, value in [
-        ("LoRA on q and v", "targets", "q,v"),
-        ("random linears", "allocator", "random-linears"),
-        ("LoRA on v", "targets", "v"),
-    ]:
+    flags = {
+        "`within-layer`": ("allocator", "within-layer"),
+        "the paper's search": ("proxy", "grad-norm"),
+        "LoRA on q and v": ("targets", "q,v"),
+        "random linears": ("allocator", "random-linears"),
+        "LoRA on v": ("targets", "v"),
+    }
+    printed = re.findall(r"^\| (.*) minus (.*) \| .* \| .* \| .*, p = .* \|$", text, re.M)
+    assert len(printed) == 5
+    for name, other in printed:
         gains = []
         for task in ("mrpc", "rte", "cola"):
-            rule = row(task, "allocator", "within-layer")
-            gains.append(results.gain_over(rule, row(task, flag, value)))
+            gain = results.gain_over(row(task, *flags[name]), row(task, *flags[other]))
+            gains.append(gain)
         corrected = intervals.holm([intervals.p_value(gain.differences) for gain in gains])
         cells = []
         for gain, p in zip(gains, corrected, strict=True):
             ends = f"[{gain.mean - gain.half:+.2f}, {gain.mean + gain.half:+.2f}]"
             cells.append(f"{gain.mean:+.2f} {ends}, p = {p:.3f}")
-        assert f"| {name} | {' | '.join(cells)} |\n" in text
+        assert f"| {name} minus {other} | {' | '.join(cells)} |\n" in text
 
 
 @pytest.mark.usefixtures("files_are_read_once")
