@@ -199,6 +199,15 @@ def test_another_budget_is_shown_at_the_rates_of_the_first_and_judges_nothing(tu
     assert judge(runs) == judge(tuning + on_dev({}))
 
 
+def test_the_searches_are_shown_at_a_budget_that_only_some_tasks_have(tuning, judge):
+    runs = []
+    for name, seed in itertools.product(FLAGS, range(200, 208)):
+        runs.append(record("SICK", name, seed, 0.6, lr=0.01))
+        runs[-1]["flags"]["budget"] = 6144
+    text = judge(tuning + on_dev({}) + runs, "--budget", "6144", "--lr", "0.01")
+    assert text.startswith("| | SICK |") and "| paper, static | 60.00" in text
+
+
 def test_all_budgets_are_corrected_together_and_judge_nothing(tuning, judge):
     # Differences of 0 and 1 points, four each, at two budgets on five tasks for one of two rules.
     at_3072 = on_dev({(task, "alignment, greedy"): 0 for task in confirm.TASKS})
