@@ -266,7 +266,7 @@ PROXIES = {}  # name -> function, see `proxy`; the paper's other one, SynFlow, i
 
 
 def proxy(name, measure=adapter_gradients):
-    """Register a function that scores modules: higher = keep; a number, or a list, one a rank.
+    """Register a function that scores modules: higher = keep: a number, or a list by rank.
 
     @proxy(name): function(adapter, *gradients), one for each of adapter.parameters() that trains,
     each a mean over batches or training steps. @proxy(name, measure): the same, but instead of

@@ -264,10 +264,9 @@ def settle_kind(args):
     is_bought = args.method in ("static", "dynamic") or args.allocator in BY_LAYERS
     if args.adapter in TIED and is_bought:
         reason = f"modules of {args.adapter} share A and B, and cannot be bought one by one"
-        advice = (
-            f"--method lora without an --allocator; in extras.compare lora:adapter={args.adapter}"
-        )
-        raise InputError(f"{reason}: use {advice}")
+        advice = "use --method lora without an --allocator"
+        in_compare = f"in extras.compare the contender lora:adapter={args.adapter}"
+        raise InputError(f"{reason}: {advice}; {in_compare}")
     if args.init == "gradient" and args.adapter != "lora":
         raise InputError(f"--init gradient is for LoRA, and not for --adapter {args.adapter}")
 

@@ -136,15 +136,15 @@ def rows_of_tasks(runs, names, tasks=TASKS, lr=None, budget=BUDGET):
 
 
 def searches_of_all(runs, tasks, lr, budget):
-    """Return the names of the paper's searches that were run on all tasks of this budget."""
+    """Return the names of the paper's searches that all tasks of this budget have at this rate."""
     at = {"budget": budget, "holdout": "0"}
-    at_budget = []
+    there = []  # the tasks of this budget
     for task in tasks:
         if any(runs_of(runs, name, task=task, **at) for name in FIRST_PART):
-            at_budget.append(task)
+            there.append(task)
     found = []
     for name in PAPER:
-        if all(runs_of(runs, name, task=task, lr=lr, **at) for task in at_budget):
+        if all(runs_of(runs, name, task=task, lr=lr, **at) for task in there):
             found.append(name)
     return found
 
@@ -261,7 +261,7 @@ def main(argv=None):
     families = {other: family_of(rows, [*RULES, *shown], other) for other in others}
     blocks = [table_of_means(rows)]
     blocks += [table_of_family(family, other) for other, family in families.items()]
-    for other in BASELINES:
+    for other in BASELINES:  # for LoRA on v, which the protocol did not plan
         blocks.append(table_of_family(family_of(rows, ON_V, other), other))
     if (args.tasks, args.budget, lr) == (list(TASKS), BUDGET, None):
         blocks.append(answer(families))

@@ -140,7 +140,7 @@ class Axes:
 
 
 def band(axes, means, colour):
-    """Return the area between the ends of a line's intervals; of one budget, the interval."""
+    """Return the area between the ends of a line's intervals; for one budget, a bar."""
     if len(means) == 1:
         (budget, mean, half) = means[0]
         x = axes.x(budget)

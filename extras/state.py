@@ -107,8 +107,12 @@ class Progress:
         self.loss = float(self.loss)
         self.step_seconds += time.perf_counter() - start  # float() waited for a GPU's steps
         if not math.isfinite(self.loss):
-            where = f"at step {self.step} or shortly before"
-            raise FloatingPointError(f"the loss is not finite {where}: try a lower --lr")
+            raise self.not_finite("the loss")
+
+    def not_finite(self, what):
+        """Return the error that stops a run."""
+        where = f"at step {self.step} or shortly before"
+        return FloatingPointError(f"{what} is not finite {where}: try a lower --lr")
 
     def count(self, step, batch, seconds, is_recorded):
         """Count a step that has been made."""
@@ -139,12 +143,11 @@ class State:
     def collect(self):
         """Read the loss, and return everything as plain values and tensors.
 
-        Raises FloatingPointError if the loss or a weight is not finite: such a state is not saved.
+        Raises FloatingPointError if the loss or what trains is not finite: that is never saved.
         """
         self.progress.read_loss()
         if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
-            where = f"at step {self.progress.step} or shortly before"
-            raise FloatingPointError(f"a weight is not finite {where}: try a lower --lr")
+            raise self.progress.not_finite("a weight")
         state = {
             "progress": dataclasses.asdict(self.progress),
             "trained": {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad},
